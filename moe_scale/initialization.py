@@ -1,0 +1,35 @@
+"""Seeded initialization that does not depend on how the model is spread over ranks.
+
+Every parameter draws from its own generator, seeded by the run's seed and the parameter's path. So a weight has the
+same initial value whatever the number of ranks, the expert-parallel size, the MoE backend and the order in which
+modules are built, and two runs that differ in one of these can be compared step by step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Init:
+    """A seed and the path of the module that is being built; ``init / "name"`` descends."""
+
+    seed: int
+    path: str = ""
+
+    def __truediv__(self, name: object) -> Init:
+        return Init(self.seed, f"{self.path}.{name}" if self.path else str(name))
+
+    def normal_(self, tensor: torch.Tensor, std: float) -> torch.Tensor:
+        """Fill ``tensor`` in place from a normal distribution cut at three standard deviations."""
+        digest = hashlib.blake2b(f"{self.seed}/{self.path}".encode(), digest_size=8).digest()
+        generator = torch.Generator(device=tensor.device)
+        generator.manual_seed(int.from_bytes(digest, "little") & (2**63 - 1))
+        # Drawn in fp32, so that the values agree between precisions up to rounding.
+        draw = torch.empty(tensor.shape, dtype=torch.float32, device=tensor.device)
+        torch.nn.init.trunc_normal_(draw, std=std, a=-3 * std, b=3 * std, generator=generator)
+        with torch.no_grad():
+            return tensor.copy_(draw)

@@ -1,0 +1,128 @@
+"""Small layers that every model shares. B batch, S sequence, T tokens, D model width, F hidden width, V vocabulary."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_scale.initialization import Init
+from moe_scale.moe.experts import expert_stds
+
+
+class Linear(nn.Module):
+    """A linear map without bias whose weights come from a seeded :class:`Init`.
+
+    Args:
+        std: initial standard deviation; None takes fan-in, ``in_features ** -0.5``.
+    """
+
+    def __init__(self, in_features: int, out_features: int, init: Init, std: float | None = None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        init.normal_(self.weight, in_features**-0.5 if std is None else std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
+class DenseFeedForward(nn.Module):
+    """SwiGLU feed-forward, the dense counterpart of the MoE layer (arXiv 2002.05202)."""
+
+    def __init__(self, d_model: int, hidden: int, init: Init, depth_scale: float = 1.0):
+        super().__init__()
+        std_in, std_out = expert_stds(d_model, hidden, depth_scale)
+        self.gate_up = Linear(d_model, 2 * hidden, init / "gate_up", std_in)
+        self.down = Linear(hidden, d_model, init / "down", std_out)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        gate, up = self.gate_up(x_BSD).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class TokenEmbedding(nn.Module):
+    """Token embedding [V, D], initialized so that as an output head it gives logits of unit variance."""
+
+    def __init__(self, vocab_size: int, d_model: int, init: Init):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, d_model))
+        init.normal_(self.weight, d_model**-0.5)
+
+    def forward(self, ids_BS: Tensor) -> Tensor:
+        return F.embedding(ids_BS, self.weight)
+
+
+class TiedHead(nn.Module):
+    """Output head that shares the embedding's weight.
+
+    A module of its own, so that ZeRO-3 gathers the weight for it as it does for the embedding.
+    """
+
+    def __init__(self, embedding: TokenEmbedding, chunk_tokens: int):
+        super().__init__()
+        self.weight = embedding.weight
+        self.chunk_tokens = chunk_tokens
+
+    def forward(self, hidden: Tensor, targets_T: Tensor | None = None) -> Tensor:
+        """Logits [..., V] of hidden states [..., D], or with ``targets_T`` (-100 is ignored) their summed loss.
+
+        Returns:
+            without targets the logits; with them the fp32 sum of -log p(target) over the targets that count, nats.
+        """
+        if targets_T is None:
+            return F.linear(hidden, self.weight)
+        return _LinearCrossEntropy.apply(hidden, self.weight, targets_T, self.chunk_tokens)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Sum of the cross entropy of ``hidden @ weight.T``, never holding more than a chunk of logits.
+
+    With a vocabulary of 50,304 the logits are by far the largest activation. The gradient of the loss with respect
+    to them is known as soon as they are, so the forward pass computes both products of the backward pass while a
+    chunk is at hand and keeps only those: no logits stored, none computed twice.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, chunk_tokens: int) -> Tensor:
+        needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        wide = torch.promote_types(hidden_TD.dtype, torch.float32)
+        total = torch.zeros((), dtype=wide, device=hidden_TD.device)
+        grad_hidden = torch.empty_like(hidden_TD) if needs_grad else None
+        grad_weight = torch.zeros_like(weight_VD, dtype=wide) if needs_grad else None
+        for start in range(0, hidden_TD.shape[0], chunk_tokens):
+            rows = slice(start, start + chunk_tokens)
+            logits = F.linear(hidden_TD[rows], weight_VD)
+            total += _softmax_loss_(logits, targets_T[rows], needs_grad)
+            if grad_hidden is not None and grad_weight is not None:
+                torch.mm(logits, weight_VD, out=grad_hidden[rows])
+                grad_weight += logits.t() @ hidden_TD[rows]
+        if needs_grad:
+            ctx.save_for_backward(grad_hidden, grad_weight)
+            ctx.weight_dtype = weight_VD.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad_hidden * grads[0].to(grad_hidden.dtype), (grad_weight * grads[0]).to(ctx.weight_dtype), None, None
+
+
+def _softmax_loss_(logits_TV: Tensor, targets_T: Tensor, write_gradient: bool) -> Tensor:
+    """Summed cross entropy; with ``write_gradient`` the logits are overwritten by its gradient."""
+    wide = torch.promote_types(logits_TV.dtype, torch.float32)
+    total = torch.zeros((), dtype=wide, device=logits_TV.device)
+    # On a CPU a block of rows stays in the cache over the passes of a softmax.
+    block = 32 if logits_TV.device.type == "cpu" else logits_TV.shape[0]
+    for start in range(0, logits_TV.shape[0], block):
+        rows = slice(start, start + block)
+        targets, counts = targets_T[rows], targets_T[rows] >= 0
+        log_probs = logits_TV[rows].to(wide).log_softmax(dim=-1)
+        index = targets.clamp(min=0).unsqueeze(1)
+        total -= (log_probs.gather(1, index).squeeze(1) * counts).sum()
+        if write_gradient:
+            gradient = log_probs.exp_()
+            gradient.scatter_add_(1, index, gradient.new_full(index.shape, -1.0))
+            logits_TV[rows] = gradient * counts.unsqueeze(1)
+    return total

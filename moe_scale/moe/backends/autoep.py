@@ -1,0 +1,81 @@
+"""``moe.backend autoep``: DeepSpeed's AutoEP replaces the expert block of the layer when the engine starts.
+
+AutoEP finds modules by name pattern, takes their router and stacked expert weights, keeps this rank's share and runs
+dispatch, all-to-all and experts itself. It has no auxiliary loss and no z-loss, so the layer here computes both,
+and the statistics, from the same router scores that AutoEP routes by.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_scale.config import MoEConfig
+from moe_scale.initialization import Init
+from moe_scale.moe.dispatch import combine_rows, gather_rows, plan_dispatch
+from moe_scale.moe.experts import Experts
+from moe_scale.moe.layer import MoEStats, make_stats
+from moe_scale.moe.router import Router, softmax_top_k
+from moe_scale.parallel.groups import ParallelGroups
+
+
+def ds_section(config: MoEConfig, *, on_cpu: bool) -> dict[str, Any]:
+    """The ``expert_parallel`` section of the DeepSpeed JSON that makes the engine replace the blocks."""
+    return {
+        "enabled": True,
+        "autoep_size": config.ep_size,
+        "moe_layer_pattern": r"(?:.*\.)?block",
+        "router_pattern": "router",
+        "expert_pattern": "experts",
+        "expert_w1": "gate_up",
+        "expert_w2": "down",
+        "expert_w3": None,
+        "top_k": config.top_k,
+        "score_func": "softmax",
+        "score_apply": "post",
+        "route_norm": config.renormalize and config.top_k > 1,
+        "use_grouped_mm": not on_cpu,
+    }
+
+
+class _Block(nn.Module):
+    """What AutoEP replaces. It runs too, with all experts on this rank, so that a model works without an engine."""
+
+    def __init__(self, config: MoEConfig, d_model: int, init: Init, depth_scale: float):
+        super().__init__()
+        self.config = config
+        self.router = Router(d_model, config.num_experts, init / "router")
+        # All experts, ordinary parameters: AutoEP cuts out this rank's share itself.
+        self.experts = Experts(
+            d_model, config.intermediate_size, config.num_experts, ParallelGroups(), init / "experts", depth_scale
+        )
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        config, x_TD = self.config, x_BSD.reshape(-1, x_BSD.shape[-1])
+        routing = softmax_top_k(self.router(x_TD), config.top_k, renormalize=config.renormalize)
+        plan = plan_dispatch(routing.ids_TK, routing.weights_TK, config.num_experts)
+        rows_ND = self.experts(gather_rows(x_TD, plan, config.top_k), plan.counts_E)
+        return combine_rows(rows_ND, plan, routing.weights_TK).view_as(x_BSD)
+
+
+class AutoEPMoE(nn.Module):
+    """AutoEP behind the interface of :class:`moe_scale.moe.layer.MoELayer`. Padding tokens are routed like others."""
+
+    def __init__(self, config: MoEConfig, d_model: int, init: Init, depth_scale: float = 1.0):
+        super().__init__()
+        self.config = config
+        self.block: nn.Module = _Block(config, d_model, init, depth_scale)
+
+    def forward(self, x_BSD: Tensor, valid_BS: Tensor | None = None) -> tuple[Tensor, MoEStats]:
+        config = self.config
+        y_BSD = self.block(x_BSD)
+        x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
+        # AutoEP keeps its scores to itself. Asking its router again costs E of about 6*K*F products a token.
+        router = self.block.router
+        logits_TE = router(x_TD) if isinstance(router, Router) else router.gate(x_TD).float()
+        valid_T = None if valid_BS is None else valid_BS.reshape(-1)
+        routing = softmax_top_k(logits_TE, config.top_k, renormalize=config.renormalize)
+        none_dropped = torch.zeros((), device=x_BSD.device)
+        return y_BSD, make_stats(routing, config.num_experts, none_dropped, valid_T)

@@ -1,0 +1,126 @@
+"""``moe.backend deepspeed``: the gate, dispatch and experts of ``deepspeed.moe``.
+
+DeepSpeed's engine refuses its own class ``MoE`` under ZeRO-3. What it wraps, ``MOELayer`` over a ``TopKGate`` and
+``Experts``, runs there once the experts are marked as :mod:`moe_scale.parallel.zero` says, so those are built here
+directly. Routing decisions, capacity, drops, data movement and expert evaluation are DeepSpeed's; the losses and
+statistics are computed from the same router scores as in every other backend, so that runs can be compared.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from deepspeed.moe.experts import Experts as DeepSpeedExperts
+from deepspeed.moe.sharded_moe import MOELayer, TopKGate, top1gating, top2gating, topkgating
+from torch import Tensor, nn
+
+from moe_scale.config import MoEConfig
+from moe_scale.initialization import Init
+from moe_scale.moe.experts import expert_stds
+from moe_scale.moe.layer import MoEStats, make_stats
+from moe_scale.moe.router import softmax_top_k
+from moe_scale.parallel.groups import ParallelGroups
+from moe_scale.parallel.zero import mark_expert_parameters
+
+
+class _Gate(TopKGate):
+    """DeepSpeed's gate, which hands out its router scores in the place of its auxiliary loss."""
+
+    def __init__(self, config: MoEConfig, d_model: int, init: Init):
+        super().__init__(
+            d_model, config.num_experts, config.top_k, config.capacity_factor, config.eval_capacity_factor,
+            config.min_capacity, drop_tokens=config.dispatch == "capacity",
+            use_rts=False, top2_2nd_expert_sampling=False,  # random choices, on by default; a comparison needs none
+        )  # fmt: skip
+        init.normal_(self.wg.weight, d_model**-0.5)
+
+    def forward(self, input: Tensor, used_token: Any = None, sparse_routes: bool = False, use_tutel: bool = False) -> Any:
+        logits_TE = F.linear(input.float(), self.wg.weight.float())
+        factor = self.capacity_factor if self.training else self.eval_capacity_factor
+        if self.k == 1:
+            routes = top1gating(
+                logits_TE, factor, self.min_capacity, used_token, None, self.drop_tokens, self.use_rts, self.ep_group,
+                sparse_routes, use_tutel,
+            )  # fmt: skip
+        elif self.k == 2:
+            routes = top2gating(
+                logits_TE, factor, self.min_capacity, self.drop_tokens, self.ep_group, self.top2_2nd_expert_sampling,
+                sparse_routes,
+            )  # fmt: skip
+        else:
+            routes = topkgating(
+                logits_TE, self.k, factor, self.min_capacity, self.drop_tokens, self.ep_group, sparse_routes=sparse_routes
+            )
+        return ((logits_TE, routes[3]), *routes[1:])
+
+
+class _Expert(nn.Module):
+    """One SwiGLU expert, the unit that DeepSpeed's ``Experts`` loops over."""
+
+    def __init__(self, d_model: int, hidden: int, groups: ParallelGroups, init: Init, depth_scale: float):
+        super().__init__()
+        std_in, std_out = expert_stds(d_model, hidden, depth_scale)
+        self.gate_up = nn.Parameter(torch.empty(2 * hidden, d_model))
+        self.down = nn.Parameter(torch.empty(d_model, hidden))
+        (init / "gate_up").normal_(self.gate_up, std_in)
+        (init / "down").normal_(self.down, std_out)
+        mark_expert_parameters(self.parameters(), groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = F.linear(x, self.gate_up).chunk(2, dim=-1)
+        return F.linear(F.silu(gate) * up, self.down)
+
+
+class _Experts(DeepSpeedExperts):
+    """DeepSpeed's loop over experts, filled with experts that are sharded where they are created.
+
+    Its own constructor copies one expert; under ``zero.Init`` that one is already a shard by then.
+    """
+
+    def __init__(self, config: MoEConfig, d_model: int, groups: ParallelGroups, init: Init, depth_scale: float):
+        nn.Module.__init__(self)
+        local = groups.local_experts(config.num_experts)
+        self.num_local_experts = len(local)
+        self.deepspeed_experts = nn.ModuleList(
+            _Expert(d_model, config.intermediate_size, groups, init / expert, depth_scale) for expert in local
+        )
+
+
+class DeepSpeedMoE(nn.Module):
+    """``deepspeed.moe`` behind the interface of :class:`moe_scale.moe.layer.MoELayer`.
+
+    Padding tokens are routed like others (DeepSpeed masks them for top-1 alone); their results are unused, and they
+    count in no loss.
+    """
+
+    def __init__(self, config: MoEConfig, d_model: int, groups: ParallelGroups, init: Init, depth_scale: float = 1.0):
+        super().__init__()
+        self.config = config
+        self.layer = MOELayer(
+            _Gate(config, d_model, init / "router"),
+            _Experts(config, d_model, groups, init / "experts", depth_scale),
+            f"ep_size_{groups.ep_size}", groups.ep_size, config.num_experts // groups.ep_size, use_tutel=_tutel(),
+        )  # fmt: skip
+        if groups.ep_size > 1:
+            self.layer._set_ep_group(groups.expert)
+
+    def forward(self, x_BSD: Tensor, valid_BS: Tensor | None = None) -> tuple[Tensor, MoEStats]:
+        config, layer = self.config, self.layer
+        y_BSD = layer(x_BSD, None)
+        # DeepSpeed leaves what it measured on the module; take it off, so that no graph outlives its step.
+        logits_TE, routes_KT = layer.l_aux
+        layer.l_aux = layer.exp_counts = None
+        valid_T = None if valid_BS is None else valid_BS.reshape(-1)
+        routing = softmax_top_k(logits_TE, config.top_k, renormalize=config.renormalize)
+        lost_KT = routes_KT < 0
+        dropped = lost_KT.sum() if valid_T is None else (lost_KT & valid_T).sum()
+        return y_BSD, make_stats(routing, config.num_experts, dropped, valid_T)
+
+
+def _tutel() -> bool:
+    """Whether Tutel's kernels are there for DeepSpeed to use."""
+    from deepspeed.moe import sharded_moe
+
+    return bool(sharded_moe.TUTEL_INSTALLED)

@@ -1,0 +1,75 @@
+"""Step 3, exchange: rows travel to the ranks that hold their experts, and back.
+
+Shapes: P ranks of the expert group, L = E/P experts on each, N rows of this rank sorted by expert, R rows received.
+Experts are numbered rank by rank, so rows sorted by expert are sorted by destination too, and one all-to-all with
+uneven splits moves them. What arrives is sorted by source, then by expert; the experts want it sorted by expert.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moe_scale.parallel.groups import ParallelGroups
+
+
+class ExchangePlan(NamedTuple):
+    """Who sends how many rows to whom."""
+
+    sent_P: list[int]
+    """Rows that go to each rank."""
+    received_P: list[int]
+    """Rows that come from each rank."""
+    by_expert_R: Tensor
+    """int64 permutation of the received rows that sorts them by local expert."""
+    counts_L: Tensor
+    """int64 rows of each local expert, from all ranks together."""
+
+
+def plan_exchange(counts_E: Tensor, groups: ParallelGroups) -> ExchangePlan:
+    """Tell each other the counts. All ranks of the expert group must call it together.
+
+    Args:
+        counts_E: int64 rows that this rank has for each of the E experts.
+    """
+    theirs_PL = torch.empty_like(counts_E).view(groups.ep_size, -1)
+    dist.all_to_all_single(theirs_PL.view(-1), counts_E.contiguous(), group=groups.expert)
+    num_local = theirs_PL.shape[1]
+    sent_P = counts_E.view(groups.ep_size, num_local).sum(dim=1)
+    # One read-back for both lists: the splits of an all-to-all are host numbers.
+    sent, received = torch.stack([sent_P, theirs_PL.sum(dim=1)]).tolist()
+    expert_of_row_R = torch.arange(num_local, device=counts_E.device).repeat(groups.ep_size)
+    expert_of_row_R = expert_of_row_R.repeat_interleave(theirs_PL.flatten(), output_size=sum(received))
+    return ExchangePlan(sent, received, expert_of_row_R.argsort(stable=True), theirs_PL.sum(dim=0))
+
+
+def to_experts(rows_ND: Tensor, plan: ExchangePlan, groups: ParallelGroups) -> Tensor:
+    """Send rows sorted by expert; returns the rows for this rank's experts, sorted by expert: [R, D]."""
+    arrived_RD = _AllToAll.apply(rows_ND, plan.received_P, plan.sent_P, groups.expert)
+    return arrived_RD.index_select(0, plan.by_expert_R)
+
+
+def from_experts(rows_RD: Tensor, plan: ExchangePlan, groups: ParallelGroups) -> Tensor:
+    """The way back of :func:`to_experts`: [R, D] to [N, D] in this rank's original order."""
+    by_source_RD = torch.empty_like(plan.by_expert_R)
+    by_source_RD[plan.by_expert_R] = torch.arange(rows_RD.shape[0], device=rows_RD.device)
+    return _AllToAll.apply(rows_RD.index_select(0, by_source_RD), plan.sent_P, plan.received_P, groups.expert)
+
+
+class _AllToAll(torch.autograd.Function):
+    """All-to-all of rows with uneven splits; its gradient is the same with the splits swapped."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, out_splits: list[int], in_splits: list[int], group: Any) -> Tensor:
+        ctx.splits, ctx.group = (in_splits, out_splits), group
+        out = rows.new_empty(sum(out_splits), *rows.shape[1:])
+        dist.all_to_all_single(out, rows.contiguous(), out_splits, in_splits, group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        out_splits, in_splits = ctx.splits
+        return _AllToAll.apply(grads[0], out_splits, in_splits, ctx.group), None, None, None

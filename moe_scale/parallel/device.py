@@ -1,0 +1,91 @@
+"""The device of this process, as DeepSpeed's accelerator abstraction gives it: CPU, CUDA, ROCm and others alike."""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+import sys
+from dataclasses import dataclass
+
+import torch
+
+from moe_scale.config import Scale
+from moe_scale.parallel.launch import Launch
+
+
+def accelerator():
+    """DeepSpeed's accelerator object; on a machine without one, the CPU."""
+    logger = logging.getLogger("DeepSpeed")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # "Setting accelerator to CPU" is no news on a machine without one
+    try:
+        from deepspeed.accelerator import get_accelerator
+
+        return get_accelerator()
+    finally:
+        logger.setLevel(level)
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the checks and the telemetry need to know of the device, in plain values."""
+
+    type: str
+    name: str
+    bf16: bool
+    fp16: bool
+
+    @property
+    def is_cpu(self) -> bool:
+        return self.type == "cpu"
+
+
+def detect() -> Device:
+    found = accelerator()
+    kind = found.device_name()
+    if kind == "cpu":
+        return Device("cpu", _cpu_name(), bf16=True, fp16=found.is_fp16_supported())
+    return Device(kind, torch.get_device_module(kind).get_device_name(), found.is_bf16_supported(), found.is_fp16_supported())
+
+
+def current() -> torch.device:
+    """The device of this rank, once the process group is up."""
+    found = accelerator()
+    return torch.device(found.current_device_name())
+
+
+def natural_scale(device: Device, launch: Launch) -> Scale:
+    """The scale of a recipe that fits where it was started."""
+    if device.is_cpu:
+        return "cpu"
+    if launch.world_size == 1:
+        return "1gpu"
+    return "1node" if launch.num_nodes == 1 else "multinode"
+
+
+def peak_memory_bytes(device: Device) -> int:
+    """Most memory held so far: by the allocator on an accelerator, by the whole process on a CPU."""
+    if not device.is_cpu:
+        return int(accelerator().max_memory_allocated())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def has_fast_bf16_cpu() -> bool:
+    """Whether this CPU multiplies bf16 matrices in hardware (AVX512-BF16 or AMX)."""
+    try:
+        with open("/proc/cpuinfo", encoding="ascii", errors="ignore") as info:
+            flags = next((line for line in info if line.startswith("flags")), "")
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="ascii", errors="ignore") as info:
+            name = next((line.split(":", 1)[1].strip() for line in info if line.startswith("model name")), "CPU")
+    except OSError:
+        name = "CPU"
+    return f"{name} ({len(os.sched_getaffinity(0))} cores)" if hasattr(os, "sched_getaffinity") else name

@@ -1,0 +1,231 @@
+"""The DeepSpeed JSON of a run: read, checked against the run, and completed.
+
+The file says how a run is sharded and stepped: ZeRO stage, precision, batch, offload. Optimizer, schedule and the
+model are this project's settings, so a file that also sets those contradicts the run and is refused.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from moe_scale.config import RunConfig
+from moe_scale.errors import Problem
+from moe_scale.parallel.device import Device
+from moe_scale.parallel.launch import Launch
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+_OWNED = {
+    "optimizer": "use --optim.name, --optim.lr and so on",
+    "scheduler": "use --optim.schedule, --optim.warmup_steps and so on",
+    "expert_parallel": "use --moe.backend autoep with --moe.ep_size",
+    "tensorboard": "use --telemetry.tensorboard",
+    "wandb": "use --telemetry.wandb",
+}
+_KNOWN = {
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
+    "prescale_gradients", "gradient_predivide_factor", "zero_optimization", "bf16", "fp16", "data_types", "aio",
+    "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "communication_data_type", "comms_logger",
+    "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "flops_profiler", "timers",
+    "checkpoint", "nebula", "csv_monitor", "compile",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DeepSpeedPlan:
+    """The checked DeepSpeed configuration and the figures that the rest of the run reads from it."""
+
+    json: dict[str, Any]
+    stage: int
+    micro_batch: int
+    grad_accum: int
+    precision: Precision
+
+    @property
+    def offload(self) -> bool:
+        zero = self.json.get("zero_optimization", {})
+        return any((zero.get(f"offload_{part}") or {}).get("device", "none") != "none" for part in ("optimizer", "param"))
+
+
+def plan(config: RunConfig, launch: Launch, device: Device) -> tuple[DeepSpeedPlan, list[Problem]]:
+    """Read ``config.deepspeed_config``, apply the overrides and check the result against the run.
+
+    Returns:
+        the plan, as far as it could be made, and every problem found. With problems the plan must not be run.
+    """
+    problems: list[Problem] = []
+    where = "deepspeed_config"
+    raw = _read(config.deepspeed_config, problems)
+    _override(raw, config.deepspeed_override, problems)
+
+    for key, instead in _OWNED.items():
+        if key in raw:
+            problems.append(Problem(f"{where}: {key}", "this section contradicts the run's own settings", instead))
+    for key in raw.keys() - _KNOWN - _OWNED.keys():
+        close = difflib.get_close_matches(key, _KNOWN, n=1)
+        problems.append(Problem(f"{where}: {key}", "unknown key", f"did you mean {close[0]}?" if close else "remove it"))
+
+    zero = _section(raw, "zero_optimization", problems)
+    stage = zero.get("stage", 0)
+    if not isinstance(stage, int) or isinstance(stage, bool) or not 0 <= stage <= 3:
+        problems.append(Problem(f"{where}: zero_optimization.stage", f"{stage!r}", "choose 0, 1, 2 or 3"))
+        stage = 0
+    problems += _zero_section_problems(zero)
+    precision = _precision(raw, device, problems)
+    micro_batch, grad_accum = _batch(raw, launch, problems)
+    problems += _parallelism(config, stage, zero, launch)
+
+    resolved = copy.deepcopy(raw)
+    resolved["train_micro_batch_size_per_gpu"] = micro_batch
+    resolved["gradient_accumulation_steps"] = grad_accum
+    resolved["train_batch_size"] = micro_batch * grad_accum * launch.world_size
+    resolved.setdefault("gradient_clipping", 1.0)
+    resolved.setdefault("steps_per_print", 2**31 - 1)  # the run has its own progress line
+    if config.optim.name == "adamw8bit":
+        resolved["zero_allow_untested_optimizer"] = True
+    if zero.get("offload_optimizer"):
+        # The optimizer is the run's, so DeepSpeed must not insist on replacing it by its CPU Adam.
+        resolved.setdefault("zero_force_ds_cpu_optimizer", False)
+    return DeepSpeedPlan(resolved, stage, micro_batch, grad_accum, precision), problems
+
+
+def _read(name: str, problems: list[Problem]) -> dict[str, Any]:
+    where = "deepspeed_config"
+    if not name:
+        problems.append(Problem(where, "no DeepSpeed JSON given", "for example ds_configs/zero3_1gpu.json"))
+        return {}
+    try:
+        raw = json.loads(Path(name).expanduser().read_text(encoding="utf-8"))
+    except OSError as error:
+        problems.append(Problem(where, f"cannot read {name}: {error.strerror}", this_host_only=True))
+        return {}
+    except ValueError as error:
+        problems.append(Problem(where, f"{name} is not valid JSON: {error}", this_host_only=True))
+        return {}
+    if not isinstance(raw, dict):
+        problems.append(Problem(where, f"{name} holds a {type(raw).__name__}", "it must hold an object { }"))
+        return {}
+    return raw
+
+
+def _override(raw: dict[str, Any], overrides: tuple[str, ...], problems: list[Problem]) -> None:
+    for item in overrides:
+        path, equals, text = item.partition("=")
+        if not equals or not path:
+            problems.append(Problem("deepspeed_override", f"{item!r}", "write key=value, as zero_optimization.stage=2"))
+            continue
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = text
+        *sections, name = path.split(".")
+        node = raw
+        for section in sections:
+            if not isinstance(node.setdefault(section, {}), dict):
+                problems.append(Problem("deepspeed_override", f"{item!r}: {section} is not a section"))
+                break
+            node = node[section]
+        else:
+            node[name] = value
+
+
+def _section(raw: dict[str, Any], name: str, problems: list[Problem]) -> dict[str, Any]:
+    section = raw.get(name, {})
+    if isinstance(section, dict):
+        return section
+    problems.append(Problem(f"deepspeed_config: {name}", f"{section!r}", "it must be an object { }"))
+    return {}
+
+
+def _zero_section_problems(zero: dict[str, Any]) -> list[Problem]:
+    """Let DeepSpeed's own schema of the section speak, so that a misspelt key is found before the launch."""
+    from pydantic import ValidationError
+
+    from moe_scale.parallel.zero import zero_section_schema
+
+    try:
+        zero_section_schema()(**zero)
+    except ValidationError as error:
+        return [
+            Problem("deepspeed_config: zero_optimization." + ".".join(map(str, e["loc"])), f"{e['input']!r}",
+                    e["msg"].removeprefix("Input "))
+            for e in error.errors() if e["loc"][:1] != ("stage",)
+        ]  # fmt: skip
+    except (AssertionError, ValueError, TypeError) as error:
+        return [Problem("deepspeed_config: zero_optimization", str(error).splitlines()[0])]
+    return []
+
+
+def _precision(raw: dict[str, Any], device: Device, problems: list[Problem]) -> Precision:
+    enabled = {name: bool(_section(raw, name, problems).get("enabled", False)) for name in ("bf16", "fp16")}
+    if all(enabled.values()):
+        problems.append(Problem("deepspeed_config: bf16, fp16", "both are enabled", "enable one of them, or none for fp32"))
+    if enabled["bf16"]:
+        if not device.bf16:
+            problems.append(
+                Problem("deepspeed_config: bf16.enabled", f"{device.name} has no bf16", "use fp16, or none for fp32")
+            )
+        return "bf16"
+    if enabled["fp16"]:
+        if not device.fp16:
+            problems.append(
+                Problem("deepspeed_config: fp16.enabled", f"{device.name} has no fp16", "use bf16, or none for fp32")
+            )
+        return "fp16"
+    return "fp32"
+
+
+def _batch(raw: dict[str, Any], launch: Launch, problems: list[Problem]) -> tuple[int, int]:
+    """Micro-batch per rank and accumulation steps, from any two of DeepSpeed's three batch figures."""
+    where = "deepspeed_config"
+    figures: dict[str, int | None] = {}
+    for name in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+        value = raw.get(name)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            problems.append(Problem(f"{where}: {name}", f"{value!r}", "it must be a whole number from 1"))
+            return 1, 1
+        figures[name] = value
+    total, micro, accum = figures.values()
+    world = launch.world_size
+    if micro is None and total is None:
+        problems.append(Problem(f"{where}: train_micro_batch_size_per_gpu", "not given", "sequences per rank and forward pass"))
+        return 1, 1
+    if total is None:
+        return micro or 1, accum or 1
+    per_step = world * (micro or 1) * (accum or 1)
+    if total % per_step or (micro and accum and total != per_step):
+        problems.append(
+            Problem(f"{where}: train_batch_size",
+                    f"{total} != train_micro_batch_size_per_gpu {micro or 1} * gradient_accumulation_steps {accum or 1}"
+                    f" * {world} rank{'s' if world > 1 else ''} = {per_step}",
+                    "leave train_batch_size out, or make it the product")
+        )  # fmt: skip
+        return micro or 1, accum or 1
+    if micro is None:
+        return total // per_step, accum or 1
+    return micro, accum or total // per_step
+
+
+def _parallelism(config: RunConfig, stage: int, zero: dict[str, Any], launch: Launch) -> list[Problem]:
+    """Expert parallelism against the number of ranks, the ZeRO stage and the backend."""
+    moe, found = config.moe, []
+    if not moe.enabled:
+        return found
+    if launch.world_size % moe.ep_size:
+        ranks = "1 rank" if launch.world_size == 1 else f"{launch.world_size} ranks"
+        found.append(
+            Problem("moe.ep_size", f"{moe.ep_size} does not divide the {ranks} of this run",
+                    f"start a multiple of {moe.ep_size} ranks or lower moe.ep_size")
+        )  # fmt: skip
+    if moe.ep_size > 1 and zero.get("zero_hpz_partition_size", 1) > 1:
+        found.append(
+            Problem("deepspeed_config: zero_optimization.zero_hpz_partition_size",
+                    f"{zero['zero_hpz_partition_size']} does not combine with moe.ep_size = {moe.ep_size}",
+                    "remove it, or set moe.ep_size 1")
+        )  # fmt: skip
+    return found

@@ -1,0 +1,166 @@
+"""Everything that reaches into DeepSpeed, in one place.
+
+ZeRO-3 together with expert parallelism rests on attributes that DeepSpeed's own AutoEP sets on its parameters and
+that are no public promise. They are all here, written against one DeepSpeed version; :func:`check_version` refuses
+another one loudly, because a change there would show as silently wrong gradients rather than as an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import Parameter
+
+from moe_scale.errors import ConfigError, Problem
+from moe_scale.parallel.groups import ParallelGroups
+
+DEEPSPEED_VERSION = "0.19.8"
+
+
+def check_version() -> None:
+    """Raise :class:`ConfigError` unless the installed DeepSpeed is the one that this module was written for."""
+    import deepspeed
+
+    found = deepspeed.__version__.split("+")[0]
+    if found != DEEPSPEED_VERSION:
+        raise ConfigError(
+            Problem("deepspeed", f"version {found} is installed",
+                    f"this release is tested with {DEEPSPEED_VERSION} alone: pip install deepspeed=={DEEPSPEED_VERSION}")
+        )  # fmt: skip
+
+
+def zero_section_schema() -> Any:
+    """DeepSpeed's own pydantic model of the ``zero_optimization`` section."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    return DeepSpeedZeroConfig
+
+
+def init_distributed(timeout_minutes: float = 30.0) -> None:
+    """Bring up the default process group from RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; once per process."""
+    import deepspeed
+    import deepspeed.ops
+
+    # On a CPU, DeepSpeed compiles a shared-memory collective on first use: one to two silent minutes, and a compiler
+    # on PATH, for what gloo does as well at these sizes.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed(
+            timeout=datetime.timedelta(minutes=timeout_minutes), auto_mpi_discovery=False, verbose=False
+        )
+
+
+def make_groups(ep_size: int) -> ParallelGroups:
+    """Create (once) the expert and expert-data groups for ``ep_size``; all ranks must call it together."""
+    from deepspeed import comm
+    from deepspeed.utils import groups
+
+    world_size, rank = comm.get_world_size(), comm.get_rank()
+    if ep_size == 1:
+        return ParallelGroups(world_size, rank)
+    name = _group_name(ep_size)
+    if name not in groups._get_expert_parallel_group_dict():
+        groups._create_expert_and_data_parallel(ep_size)
+    expert = groups._get_expert_parallel_group(name)
+    return ParallelGroups(
+        world_size, rank, ep_size, comm.get_rank(group=expert), expert, groups._get_expert_data_parallel_group(name)
+    )
+
+
+def mark_expert_parameters(parameters: Iterable[Parameter], groups: ParallelGroups) -> None:
+    """Declare parameters to hold this rank's experts only, so that ZeRO-3 shards them over the expert-data group.
+
+    Call it inside the ``__init__`` of the module that creates the parameters: ``zero.Init`` shards them when that
+    ``__init__`` returns, and whatever is marked later has by then become a copy of rank 0's experts, with no error.
+    """
+    if groups.ep_size == 1:
+        return  # every rank holds every expert: ordinary parameters, at every ZeRO stage
+    name = _group_name(groups.ep_size)
+    for parameter in parameters:
+        parameter.allreduce = False
+        parameter.group_name = name
+        parameter.ds_zero_partition_group_name = name
+        parameter.ds_zero_placement_family = "autoep_expert"
+        parameter.ds_zero_partition_process_group = groups.expert_data
+
+
+def is_expert_parallel(parameter: Parameter) -> bool:
+    """Whether :func:`mark_expert_parameters` (or AutoEP) marked the parameter."""
+    return not getattr(parameter, "allreduce", True)
+
+
+@contextlib.contextmanager
+def sharded_construction(ds_json: Mapping[str, Any], *, enabled: bool) -> Iterator[None]:
+    """Build modules inside this context with their parameters sharded as soon as each ``__init__`` returns."""
+    if not enabled:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.Init(config_dict_or_path=dict(ds_json)):
+        yield
+
+
+@contextlib.contextmanager
+def gathered(parameters: Iterable[Parameter]) -> Iterator[None]:
+    """Whole parameters for reading inside the context; all ranks must enter it together."""
+    import deepspeed
+
+    sharded = [p for p in parameters if hasattr(p, "ds_id")]
+    with deepspeed.zero.GatheredParameters(sharded, enabled=bool(sharded)):
+        yield
+
+
+def full_shape(parameter: Parameter) -> torch.Size:
+    """The parameter's shape before ZeRO-3 sharded it (for an expert-parallel one: this rank's experts)."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def squared_grad_norms(engine: Any, named_groups: Mapping[str, list[Parameter]], stage: int) -> dict[str, float]:
+    """Squared L2 norm of the global gradient of each group of parameters, every expert counted once.
+
+    Call it between ``backward`` and ``step`` of the last micro-batch of a step, on all ranks. Gradients are those
+    that the optimizer is about to see: averaged over the data-parallel ranks, before clipping, loss scale undone.
+    """
+    from deepspeed import comm
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.utils import safe_get_full_grad, safe_get_local_grad
+
+    scale = float(getattr(engine.optimizer, "loss_scale", 1.0) or 1.0)
+    device = get_accelerator().current_device_name()
+    sums = torch.zeros(len(named_groups), dtype=torch.float64, device=device)
+    for index, parameters in enumerate(named_groups.values()):
+        for parameter in parameters:
+            gradient = safe_get_local_grad(parameter) if stage == 3 else safe_get_full_grad(parameter)
+            if gradient is not None:
+                sums[index] += gradient.detach().double().square().sum()
+    if stage == 3:
+        # Each rank holds another shard; what pads the last shard is zero.
+        comm.all_reduce(sums)
+    sums /= scale**2
+    return dict(zip(named_groups, sums.tolist(), strict=True))
+
+
+def global_grad_norm(engine: Any) -> float | None:
+    """The gradient norm of the last step as DeepSpeed computed it; None where it computes none (stage 0, 1 rank)."""
+    norm = engine.get_global_grad_norm()
+    return None if norm is None else float(norm)
+
+
+def last_step_was_skipped(engine: Any) -> bool:
+    """Whether the last optimizer step was left out because of an fp16 overflow."""
+    return bool(getattr(engine.optimizer, "overflow", False))
+
+
+def _group_name(ep_size: int) -> str:
+    return f"ep_size_{ep_size}"
+
+
+def total_parameters(module: nn.Module) -> int:
+    """Parameters that this rank's module would hold were nothing sharded by ZeRO."""
+    return sum(full_shape(p).numel() for p in module.parameters())

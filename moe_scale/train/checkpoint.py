@@ -1,0 +1,87 @@
+"""Save a run and continue it, on the same number of ranks.
+
+A checkpoint is a folder ``<run>/checkpoints/step_00000100`` that DeepSpeed's engine fills; beside its files each rank
+writes its position in the data, and rank 0 writes ``checkpoint.json`` last. A folder without that file is one that
+was cut off while it was written, and is never loaded.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from moe_scale.errors import ConfigError, Problem
+
+MARKER = "checkpoint.json"
+
+
+def newest(run_dir: Path) -> Path | None:
+    """The complete checkpoint of the most steps in the run's folder, if there is one."""
+    complete = sorted(run_dir.glob(f"checkpoints/step_*/{MARKER}"))
+    return complete[-1].parent if complete else None
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """What ``checkpoint.json`` says: the step and how the run was spread.
+
+    Raises:
+        ConfigError: if the file cannot be read.
+    """
+    try:
+        return json.loads((path / MARKER).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(Problem(str(path / MARKER), f"unreadable: {error}", this_host_only=True)) from None
+
+
+def layout_problems(path: Path, layout: dict[str, Any]) -> list[Problem]:
+    """How the run that wrote the checkpoint was spread differently from this one; DeepSpeed's files want the same."""
+    saved = describe(path).get("layout", {})
+    return [
+        Problem(f"resume: {name}", f"the checkpoint {path.name} was written with {saved.get(name)}, this run has {value}",
+                f"start with {name} = {saved.get(name)}")
+        for name, value in layout.items() if saved.get(name) != value
+    ]  # fmt: skip
+
+
+def save(engine: Any, run_dir: Path, *, step: int, tokens: int, data_state: dict[str, Any], layout: dict[str, Any]) -> Path:
+    """Write a checkpoint after ``step`` steps; all ranks must call it together. Returns its folder."""
+    path = run_dir / "checkpoints" / f"step_{step:08d}"
+    engine.save_checkpoint(str(path.parent), tag=path.name, client_state={"step": step})
+    rank = dist.get_rank()
+    rng = base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode()
+    _write(path / f"rank_{rank:05d}.json", {"data": data_state, "rng": rng})
+    dist.barrier()
+    if rank == 0:
+        _write(path / MARKER, {"format": 1, "step": step, "tokens": tokens, "layout": layout})
+    dist.barrier()
+    return path
+
+
+def load(engine: Any, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Load a checkpoint into the engine; all ranks must call it together.
+
+    Returns:
+        what :func:`describe` says, and this rank's position in the data.
+    """
+    loaded, _ = engine.load_checkpoint(str(path.parent), tag=path.name)
+    if loaded is None:
+        raise ConfigError(Problem(str(path), "DeepSpeed found no checkpoint in it", this_host_only=True))
+    mine = json.loads((path / f"rank_{dist.get_rank():05d}.json").read_text(encoding="utf-8"))
+    torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(mine["rng"])), dtype=torch.uint8))
+    return describe(path), mine["data"]
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON so that the file is either whole or not there."""
+    aside = path.with_suffix(".tmp")
+    with open(aside, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)

@@ -1,0 +1,98 @@
+"""Optimizer, parameter groups and learning-rate schedule."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from moe_scale.config import OptimConfig, RunConfig
+from moe_scale.errors import Problem
+from moe_scale.parallel.zero import full_shape, is_expert_parallel
+
+PARTS = ("embedding", "attention", "router", "experts", "ffn", "norms")
+"""Groups of parameters whose gradient norms are reported apart."""
+
+
+def part_of(name: str) -> str:
+    """Which of :data:`PARTS` a parameter belongs to, by its name in any backend."""
+    if ".experts." in name:
+        return "experts"
+    if ".moe." in name:
+        return "router"
+    if "norm" in name:
+        return "norms"
+    if ".attention." in name:
+        return "attention"
+    return "ffn" if ".ffn." in name else "embedding"
+
+
+def parameters_by_part(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """The model's trainable parameters under the part that each belongs to; empty parts are left out."""
+    parts: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parts.setdefault(part_of(name), []).append(parameter)
+    return {part: parts[part] for part in PARTS if part in parts}
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Optimizer groups: matrices decay; norms, vectors and the embedding do not.
+
+    Parameters that hold different experts on different ranks get groups of their own, labelled as DeepSpeed wants
+    them at ZeRO stages 1 and 2.
+    """
+    groups: dict[tuple[bool, str], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        decays = len(full_shape(parameter)) >= 2 and part_of(name) != "embedding"
+        expert_group = parameter.group_name if is_expert_parallel(parameter) else ""
+        if (decays, expert_group) not in groups:
+            label = expert_group or ("decayed" if decays else "undecayed")
+            groups[decays, expert_group] = {
+                "params": [], "weight_decay": weight_decay if decays else 0.0, "name": label,
+                **({"moe": True} if expert_group else {}),
+            }  # fmt: skip
+        groups[decays, expert_group]["params"].append(parameter)
+    return list(groups.values())
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """AdamW over :func:`parameter_groups`: torch's, or bitsandbytes' with 8-bit moments."""
+    groups = parameter_groups(model, config.weight_decay)
+    common = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
+    if config.name == "adamw8bit":
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(groups, **common)
+    return torch.optim.AdamW(groups, **common)
+
+
+def optimizer_problems(config: OptimConfig) -> list[Problem]:
+    """Whether what ``config.name`` needs is installed."""
+    if config.name == "adamw8bit":
+        try:
+            import bitsandbytes  # noqa: F401
+        except Exception as error:  # an import of a compiled package can fail in any way
+            return [Problem("optim.name", f"adamw8bit needs bitsandbytes, which does not import: {error}",
+                            "pip install bitsandbytes, or use adamw", this_host_only=True)]  # fmt: skip
+    return []
+
+
+def build_schedule(optimizer: torch.optim.Optimizer, config: RunConfig) -> torch.optim.lr_scheduler.LRScheduler:
+    """The learning-rate schedule, stepped once an optimizer step."""
+    from transformers import optimization
+
+    optim = config.optim
+    if optim.schedule == "wsd":
+        return optimization.get_wsd_schedule(
+            optimizer, optim.warmup_steps, config.wsd_decay_steps, num_training_steps=config.max_steps,
+            min_lr_ratio=optim.min_lr_ratio,
+        )  # fmt: skip
+    if optim.schedule == "cosine":
+        return optimization.get_cosine_with_min_lr_schedule_with_warmup(
+            optimizer, optim.warmup_steps, config.max_steps, min_lr_rate=optim.min_lr_ratio
+        )
+    return optimization.get_constant_schedule_with_warmup(optimizer, optim.warmup_steps)

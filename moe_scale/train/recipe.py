@@ -1,0 +1,146 @@
+"""From a recipe and a command line to a running job: everything is checked here, before anything expensive starts."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from moe_scale.config import RunConfig, Scale
+from moe_scale.errors import ConfigError, Problem, exit_on_config_error, raise_if
+from moe_scale.moe.backends.support import unsupported
+from moe_scale.parallel import device as devices
+from moe_scale.parallel import launch as launches
+from moe_scale.parallel import zero
+from moe_scale.parallel.device import Device
+from moe_scale.parallel.ds_json import DeepSpeedPlan, plan
+from moe_scale.parallel.launch import Launch
+from moe_scale.settings import read_settings, to_yaml
+from moe_scale.telemetry.quiet import quiet
+from moe_scale.train import checkpoint
+from moe_scale.train.optim import optimizer_problems
+from moe_scale.train.task import Task
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A named model and its defaults at each scale.
+
+    Attributes:
+        name: of the recipe and, by default, of the run's folder.
+        config_class: the settings.
+        scales: for each scale, what differs from the defaults of ``config_class``, nested as in a YAML file.
+        task: makes the task from the settings.
+    """
+
+    name: str
+    config_class: type[RunConfig]
+    scales: Mapping[Scale, Mapping[str, Any]]
+    task: Callable[[Any], Task]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that passed every check."""
+
+    name: str
+    config: RunConfig
+    plan: DeepSpeedPlan
+    launch: Launch
+    device: Device
+    task: Task
+    resume_from: Path | None
+    argv: list[str]
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        """How the run is spread over ranks: what DeepSpeed's checkpoint files depend on."""
+        return {
+            "ranks": self.launch.world_size,
+            "moe.ep_size": self.config.moe.ep_size,
+            "zero_optimization.stage": self.plan.stage,
+            "moe.backend": self.config.moe.backend,
+            "precision": self.plan.precision,
+            "optim.name": self.config.optim.name,
+        }
+
+
+def main(recipe: Recipe, argv: Sequence[str] | None = None) -> None:
+    """Run a recipe from the command line. Leaves with exit code 2 and one message when the input is wrong."""
+    quiet()
+    with exit_on_config_error():
+        job = prepare_job(recipe, list(sys.argv[1:] if argv is None else argv))
+        from moe_scale.train.loop import train
+
+        train(job)
+
+
+def prepare_job(recipe: Recipe, argv: list[str]) -> Job:
+    """Read and check everything about a run, on this rank alone.
+
+    Raises:
+        ConfigError: with every problem found.
+        SystemExit: for ``--help`` and ``--print_config``.
+    """
+    launch = launches.detect()
+    device = devices.detect()
+    machine_scale = devices.natural_scale(device, launch)
+    if machine_scale not in recipe.scales:
+        machine_scale = next(iter(recipe.scales))
+    settings = read_settings(
+        recipe.config_class, {k: dict(v) for k, v in recipe.scales.items()}, argv, machine_scale=machine_scale,
+        recipe=recipe.name,
+    )  # fmt: skip
+    config = settings.config
+    if config.deepspeed_config and not Path(config.deepspeed_config).expanduser().exists():
+        # The scales name files of the checkout, whatever folder the recipe is started from.
+        in_checkout = CHECKOUT / config.deepspeed_config
+        if in_checkout.exists():
+            config = replace(config, deepspeed_config=str(in_checkout))
+    if settings.print_only and not settings.problems:
+        if launch.is_main:
+            print(to_yaml(config), end="")
+        raise SystemExit(0)
+
+    problems = list(settings.problems)
+    ds_plan, ds_problems = plan(config, launch, device)
+    problems += ds_problems + unsupported(config.moe, zero_stage=ds_plan.stage) + optimizer_problems(config.optim)
+    try:
+        zero.check_version()
+    except ConfigError as error:
+        problems += error.problems
+    task = recipe.task(config)
+    problems += task.check()
+    job = Job(recipe.name, config, ds_plan, launch, device, task, None, argv)
+    resume_from, resume_problems = _resume(job)
+    raise_if(problems + resume_problems)
+    return replace(job, resume_from=resume_from)
+
+
+def _resume(job: Job) -> tuple[Path | None, list[Problem]]:
+    """The checkpoint to continue from, and what stands in the way of starting in ``output_dir``."""
+    config, run_dir = job.config, Path(job.config.output_dir).expanduser()
+    if config.resume == "never":
+        if (run_dir / "run.json").exists() or (run_dir / "metrics.jsonl").exists():
+            return None, [Problem("output_dir", f"{run_dir} already holds a run",
+                                  "continue it with --resume auto, or choose another --output_dir",
+                                  this_host_only=True)]  # fmt: skip
+        return None, []
+    found = checkpoint.newest(run_dir)
+    if found is None:
+        if config.resume == "must":
+            return None, [Problem("resume", f"{run_dir} holds no complete checkpoint",
+                                  "use --resume auto to start anew", this_host_only=True)]  # fmt: skip
+        return None, []
+    try:
+        step = checkpoint.describe(found)["step"]
+        if step >= config.max_steps:
+            return found, [Problem("max_steps", f"{config.max_steps}, but {found.name} is already there",
+                                   f"choose more than {step}", this_host_only=True)]  # fmt: skip
+        return found, checkpoint.layout_problems(found, job.layout)
+    except ConfigError as error:
+        return None, error.problems

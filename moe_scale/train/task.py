@@ -1,0 +1,57 @@
+"""What a recipe gives the training loop: its data, its model and its evaluation."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from moe_scale.errors import Problem
+from moe_scale.parallel.groups import ParallelGroups
+
+
+class Task(abc.ABC):
+    """One kind of training job. The loop calls the methods in the order in which they stand here."""
+
+    tokens_per_sequence: int
+    """Tokens that one sequence of a micro-batch counts for in the throughput."""
+
+    flops_per_token: float
+    """Training FLOPs a token, for the MFU."""
+
+    sparse_layers: list[int]
+    """Numbers of the layers that have experts, for the names of their metrics."""
+
+    @abc.abstractmethod
+    def check(self) -> list[Problem]:
+        """What is wrong with the task's input, as far as a quick look tells."""
+
+    @abc.abstractmethod
+    def prepare(self, say: Callable[[str], None]) -> None:
+        """Make the data ready on this host. Called on the first rank of each host, before :meth:`open`."""
+
+    @abc.abstractmethod
+    def open(self, *, micro_batch: int, rank: int, world_size: int) -> None:
+        """Open the prepared data on every rank."""
+
+    @abc.abstractmethod
+    def build_model(self, groups: ParallelGroups) -> nn.Module: ...
+
+    @abc.abstractmethod
+    def batches(self) -> Iterator[Any]:
+        """The endless training batches of this rank; with ``state_dict`` and ``load_state_dict``."""
+
+    @abc.abstractmethod
+    def forward(self, engine: Any, batch: Any) -> Any:
+        """Run the model on a batch; returns an output with ``loss``, ``lm_loss`` and ``moe``."""
+
+    @abc.abstractmethod
+    def evaluate(self, engine: Any) -> dict[str, Any]:
+        """Held-out scores; all ranks together."""
+
+    @abc.abstractmethod
+    def summarize(self, engine: Any, scores: dict[str, Any], run_dir: Path) -> list[tuple[str, str]]:
+        """Lines (label, text) for the end of the run; all ranks together."""

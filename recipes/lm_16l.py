@@ -1,0 +1,34 @@
+"""lm_16l: a decoder language model of 16 layers with 64 experts, top-2.
+
+    deepspeed recipes/lm_16l.py --deepspeed_config ds_configs/zero3_1gpu.json
+    deepspeed --num_accelerators 2 recipes/lm_16l.py --moe.ep_size 2
+    python recipes/lm_16l.py --help
+"""
+
+from moe_scale.config import LMConfig
+from moe_scale.train.language_model import LanguageModelTask
+from moe_scale.train.recipe import Recipe, main
+
+RECIPE = Recipe(
+    name="lm_16l",
+    config_class=LMConfig,
+    task=LanguageModelTask,
+    scales={
+        # Everything the large model has, in a size that two CPU cores train in minutes.
+        "cpu": {
+            "deepspeed_config": "ds_configs/zero3_cpu.json",
+            "max_steps": 500,
+            "model": {"num_layers": 4, "d_model": 256, "num_heads": 8, "num_kv_heads": 4},
+            "moe": {"num_experts": 16, "intermediate_size": 128},
+            "data": {"seq_len": 256},
+            "optim": {"lr": 2e-3, "warmup_steps": 50},
+            "eval": {"every": 250, "max_tokens": 65_536},
+        },
+        "1gpu": {"deepspeed_config": "ds_configs/zero3_1gpu.json"},
+        "1node": {"deepspeed_config": "ds_configs/zero3_1node.json", "moe": {"ep_size": 8}},
+        "multinode": {"deepspeed_config": "ds_configs/zero3_multinode.json", "moe": {"ep_size": 8}, "resume": "auto"},
+    },
+)
+
+if __name__ == "__main__":
+    main(RECIPE)
