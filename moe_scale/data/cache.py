@@ -51,9 +51,13 @@ def build_once(folder: Path, build: Callable[[Path], None], say: Callable[[str],
                 shutil.rmtree(aside, ignore_errors=True)
     except OSError as error:
         raise ConfigError(
-            Problem("data.cache_dir", f"cannot write to {folder.parent} ({error.strerror or error})",
-                    "choose a folder with free space that this user may write to", this_host_only=True)
-        ) from error  # fmt: skip
+            Problem(
+                "data.cache_dir",
+                f"cannot write to {folder.parent} ({error.strerror or error})",
+                "choose a folder with free space that this user may write to",
+                this_host_only=True,
+            )
+        ) from error
 
 
 def _rename(aside: Path, folder: Path) -> None:

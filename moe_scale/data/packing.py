@@ -100,7 +100,7 @@ def padded_batches(
     """
     scored = min(max_tokens, stream.num_tokens - 1)  # every token but the first is a target once
     total = math.ceil(scored / seq_len)
-    batches = math.ceil(math.ceil(total / world_size) / micro_batch)
+    batches = math.ceil(total / (world_size * micro_batch))
     for first in range(0, batches * micro_batch, micro_batch):
         ids_BS = torch.full((micro_batch, seq_len), stream.eot_id, dtype=torch.int64)
         targets_BS = torch.full_like(ids_BS, IGNORE)
@@ -143,7 +143,10 @@ def require_sequences(stream: TokenStream, seq_len: int) -> int:
     count = stream.num_sequences(seq_len)
     if not count:
         raise ConfigError(
-            Problem("data.seq_len", f"{seq_len} is longer than the training text, which has {stream.num_tokens} tokens",
-                    f"choose at most {max(1, stream.num_tokens - 1)}, or more text")
-        )  # fmt: skip
+            Problem(
+                "data.seq_len",
+                f"{seq_len} is longer than the training text, which has {stream.num_tokens} tokens",
+                f"choose at most {max(1, stream.num_tokens - 1)}, or more text",
+            )
+        )
     return count

@@ -80,11 +80,21 @@ class PreparedText:
                     raise ValueError(f"{split}.bin has {stream.num_tokens} tokens, not {manifest['tokens'][split]}")
         except (OSError, ValueError, KeyError) as error:
             raise ConfigError(
-                Problem("data.cache_dir", f"the prepared text in {folder} is damaged ({error})",
-                        "delete that folder; it is made again from the source", this_host_only=True)
-            ) from error  # fmt: skip
-        return cls(folder, splits["train"], splits["heldout"], SourceReport(**manifest["report"]), manifest,
-                   manifest["content"])  # fmt: skip
+                Problem(
+                    "data.cache_dir",
+                    f"the prepared text in {folder} is damaged ({error})",
+                    "delete that folder; it is made again from the source",
+                    this_host_only=True,
+                )
+            ) from error
+        return cls(
+            folder,
+            splits["train"],
+            splits["heldout"],
+            SourceReport(**manifest["report"]),
+            manifest,
+            manifest["content"],
+        )
 
     def document_starts(self, split: str) -> np.ndarray:
         """First token of each document of ``train`` or ``heldout`` and, last, the end: [documents + 1] int64."""
@@ -149,9 +159,13 @@ def choose_heldout(hashes: np.ndarray, sizes: np.ndarray, fraction: float) -> np
     unique, inverse = np.unique(hashes, return_inverse=True)
     if len(unique) < 2:
         raise ConfigError(
-            Problem("data.holdout_fraction", "the source has only one document, so none can be held out for evaluation",
-                    "give a folder of several .txt files, or .jsonl or .parquet with a record for each document", True)
-        )  # fmt: skip
+            Problem(
+                "data.holdout_fraction",
+                "the source has only one document, so none can be held out for evaluation",
+                "give a folder of several .txt files, or .jsonl or .parquet with a record for each document",
+                True,
+            )
+        )
     group_bytes = np.bincount(inverse, weights=sizes, minlength=len(unique))
     goal = fraction * group_bytes.sum()
     chosen: list[int] = []

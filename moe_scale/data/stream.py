@@ -44,8 +44,16 @@ _ENCODE_AT_ONCE = 64
 _SHARDS_PER_RANK = 16
 _NETWORK_LIBRARIES = {"aiohttp", "fsspec", "httpcore", "httpx", "huggingface_hub", "requests", "urllib3"}
 # Waiting does not help when the data set is not there, may not be read, or the user has gone offline on purpose.
-_LASTING = {"DatasetNotFoundError", "DisabledRepoError", "FileNotFoundError", "GatedRepoError", "IsADirectoryError",
-            "OfflineModeIsEnabled", "PermissionError", "RepositoryNotFoundError"}  # fmt: skip
+_LASTING = {
+    "DatasetNotFoundError",
+    "DisabledRepoError",
+    "FileNotFoundError",
+    "GatedRepoError",
+    "IsADirectoryError",
+    "OfflineModeIsEnabled",
+    "PermissionError",
+    "RepositoryNotFoundError",
+}
 
 
 @dataclass(frozen=True)
@@ -239,25 +247,39 @@ class BlockReader:
         why = f" ({self.report.examples[0]})" if self.report.examples else ""
         share = f"share {self.rank} of {self.world_size}"
         raise ConfigError(
-            Problem("data.source", f"{self.text.config.source} has no document in {share}{why}",
-                    "choose a larger source, or fewer ranks", True)
-        )  # fmt: skip
+            Problem(
+                "data.source",
+                f"{self.text.config.source} has no document in {share}{why}",
+                "choose a larger source, or fewer ranks",
+                True,
+            )
+        )
 
     def _wait(self, error: Exception, failures: int, started: float) -> None:
         """Sleep before the next try, or give up with a message that says what was tried."""
         reason = f"{type(error).__name__}: {(str(error).strip() or 'no details').splitlines()[0]}"
         source, retry = self.text.config.source, self.text.retry
-        if not is_transient(error):
+        if not is_transient(error) and not _is_lasting(error):
+            raise error  # a mistake in a program, whose stack is needed
+        if _is_lasting(error):
             raise ConfigError(
-                Problem("data.source", f"cannot read {source} ({reason})",
-                        "check its name and your access to it, or choose sample or a path", True)
-            ) from error  # fmt: skip
+                Problem(
+                    "data.source",
+                    f"cannot read {source} ({reason})",
+                    "check its name and your access to it, or choose sample or a path",
+                    True,
+                )
+            ) from error
         if failures >= retry.tries:
             tried = f"{failures} tries in a row failed, {time.monotonic() - started:.0f} s in all"
             raise ConfigError(
-                Problem("data.source", f"cannot reach {source}: {tried}, the last with {reason}",
-                        "check the network, the proxy and HF_ENDPOINT, or choose sample or a path", True)
-            ) from error  # fmt: skip
+                Problem(
+                    "data.source",
+                    f"cannot reach {source}: {tried}, the last with {reason}",
+                    "check the network, the proxy and HF_ENDPOINT, or choose sample or a path",
+                    True,
+                )
+            ) from error
         wait = retry.wait(failures)
         log.warning("%s: %s; try %d of %d in %.0f s", source, reason, failures + 1, retry.tries, wait)
         time.sleep(wait)
@@ -271,6 +293,8 @@ def share_of(dataset: datasets.IterableDataset, rank: int, world_size: int) -> d
     """
     from datasets.distributed import split_dataset_by_node
 
+    if world_size == 1:
+        return dataset
     if dataset.num_shards % world_size:
         finer = dataset.reshard()
         if finer.num_shards >= _SHARDS_PER_RANK * world_size:  # so many that the shares are about equal
@@ -281,9 +305,12 @@ def share_of(dataset: datasets.IterableDataset, rank: int, world_size: int) -> d
 def is_transient(error: BaseException) -> bool:
     """Whether trying again may help: errors of the network, unless they say that the data set is not to be had."""
     kinds = type(error).__mro__
-    if any(kind.__name__ in _LASTING for kind in kinds):
-        return False
-    return any(k in (OSError, EOFError) or k.__module__.split(".")[0] in _NETWORK_LIBRARIES for k in kinds)
+    network = any(k in (OSError, EOFError) or k.__module__.split(".")[0] in _NETWORK_LIBRARIES for k in kinds)
+    return network and not _is_lasting(error)
+
+
+def _is_lasting(error: BaseException) -> bool:
+    return any(kind.__name__ in _LASTING for kind in type(error).__mro__)
 
 
 class StreamPacker:

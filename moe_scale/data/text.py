@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch.utils.data
@@ -124,9 +125,12 @@ def eval_batches(
     stream = text.heldout if isinstance(text, PreparedText) else text.heldout(max_tokens, progress)
     if stream.num_tokens < 2:
         raise ConfigError(
-            Problem("data.holdout_fraction", f"the held-out text has {stream.num_tokens} tokens, too few to score",
-                    "choose more")
-        )  # fmt: skip
+            Problem(
+                "data.holdout_fraction",
+                f"the held-out text has {stream.num_tokens} tokens, too few to score",
+                "choose more",
+            )
+        )
     return padded_batches(
         stream, config.seq_len, micro_batch=micro_batch, rank=rank, world_size=world_size, max_tokens=max_tokens
     )
@@ -182,15 +186,15 @@ class _StreamedLoader(TrainLoader):
         self.seed = seed
         self.samples = 0
         self.position = Position()
-        self._batches: Iterator[tuple[Batch, Position] | ConfigError] | None = None
+        self._batches: Iterator[tuple[Batch, Position] | _Failure] | None = None
 
     def __next__(self) -> Batch:
         if self._batches is None:
             self._batches = self._start()
         item = next(self._batches)
-        if isinstance(item, ConfigError):
+        if isinstance(item, _Failure):
             self.close()
-            raise item
+            raise ConfigError(item.problems)
         batch, self.position = item
         self.samples += self.world_size * self.micro_batch
         return batch
@@ -217,7 +221,7 @@ class _StreamedLoader(TrainLoader):
             "world_size": self.world_size,
         }
 
-    def _start(self) -> Iterator[tuple[Batch, Position] | ConfigError]:
+    def _start(self) -> Iterator[tuple[Batch, Position] | _Failure]:
         workers = self.text.config.num_workers
         packer = StreamPacker(
             self.text,
@@ -242,21 +246,28 @@ class _StreamedLoader(TrainLoader):
         )
 
 
+@dataclass(frozen=True)
+class _Failure:
+    """A :class:`ConfigError` on its way between processes: an exception would be rebuilt from its text alone."""
+
+    problems: list[Problem]
+
+
 class _WorkerSide(torch.utils.data.IterableDataset):
-    """What the worker process runs. Errors travel as values: torch would rebuild them from their text alone."""
+    """What the worker process runs."""
 
     def __init__(self, packer: StreamPacker, position: Position, num_workers: int):
         self.packer = packer
         self.position = position
         self.num_workers = num_workers
 
-    def __iter__(self) -> Iterator[tuple[Batch, Position] | ConfigError]:
+    def __iter__(self) -> Iterator[tuple[Batch, Position] | _Failure]:
         if self.num_workers:
             use_threads(self.num_workers)
         try:
             yield from self.packer.batches(self.position)
         except ConfigError as error:
-            yield ConfigError(error.problems)
+            yield _Failure(error.problems)
 
 
 def _as_it_is(item: Any) -> Any:
@@ -269,6 +280,9 @@ def _require_same(state: dict[str, Any], identity: dict[str, Any]) -> None:
     if differing:
         what = ", ".join(f"{key} was {state.get(key)!r} and is {identity[key]!r}" for key in differing)
         raise ConfigError(
-            Problem("resume", f"the checkpoint's position in the data does not fit this run: {what}",
-                    "continue with the settings and data it was saved with, or start a new run")
-        )  # fmt: skip
+            Problem(
+                "resume",
+                f"the checkpoint's position in the data does not fit this run: {what}",
+                "continue with the settings and data it was saved with, or start a new run",
+            )
+        )

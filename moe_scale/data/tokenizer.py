@@ -82,13 +82,8 @@ class TextTokenizer:
         bytes_V[self.eot_id] = 0
         return bytes_V
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"definition": self.backend.to_str(), "eot_id": self.eot_id}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        import tokenizers
-
-        self.__init__(tokenizers.Tokenizer.from_str(state["definition"]), state["eot_id"])
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _from_definition, (self.backend.to_str(), self.eot_id)
 
 
 @functools.cache
@@ -121,6 +116,12 @@ def load_tokenizer(name: str) -> TextTokenizer:
     return _auto_tokenizer(name)
 
 
+def _from_definition(definition: str, eot_id: int) -> TextTokenizer:
+    import tokenizers
+
+    return TextTokenizer(tokenizers.Tokenizer.from_str(definition), eot_id)
+
+
 def _byte_level_bpe(vocab: Path, merges: Path, fix: str) -> TextTokenizer:
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers
@@ -136,7 +137,9 @@ def _byte_level_bpe(vocab: Path, merges: Path, fix: str) -> TextTokenizer:
     backend.decoder = decoders.ByteLevel()
     # Takes the id that the vocabulary has for it, or the next free one.
     backend.add_special_tokens([END_OF_TEXT])
-    return TextTokenizer(backend, backend.token_to_id(END_OF_TEXT))
+    eot_id = backend.token_to_id(END_OF_TEXT)
+    assert eot_id is not None
+    return TextTokenizer(backend, eot_id)
 
 
 def _auto_tokenizer(name: str) -> TextTokenizer:
@@ -155,15 +158,23 @@ def _auto_tokenizer(name: str) -> TextTokenizer:
     backend = getattr(auto, "backend_tokenizer", None)
     if backend is None or backend.get_vocab_size() < 2:
         raise ConfigError(
-            Problem("data.tokenizer", f"{name!r} has no vocabulary that the tokenizers library can read",
-                    "choose one with a tokenizer.json, or vocab.json and merges.txt", this_host_only=True)
-        )  # fmt: skip
+            Problem(
+                "data.tokenizer",
+                f"{name!r} has no vocabulary that the tokenizers library can read",
+                "choose one with a tokenizer.json, or vocab.json and merges.txt",
+                this_host_only=True,
+            )
+        )
     eot = next((i for i in (auto.eos_token_id, auto.sep_token_id) if i is not None), None)
     if eot is None:
         raise ConfigError(
-            Problem("data.tokenizer", f"{name!r} has no end-of-text token to put between documents",
-                    "set eos_token in its tokenizer_config.json", this_host_only=True)
-        )  # fmt: skip
+            Problem(
+                "data.tokenizer",
+                f"{name!r} has no end-of-text token to put between documents",
+                "set eos_token in its tokenizer_config.json",
+                this_host_only=True,
+            )
+        )
     return TextTokenizer(backend, eot)
 
 

@@ -65,10 +65,14 @@ def tokenize(
             yield pending.popleft().result()
     except BrokenProcessPool as error:
         raise ConfigError(
-            Problem("data.num_workers", f"a tokenizing process died ({error})",
-                    "the usual causes are too little memory, and a script without `if __name__ == '__main__':`; "
-                    "0 tokenizes in this process", this_host_only=True)
-        ) from error  # fmt: skip
+            Problem(
+                "data.num_workers",
+                f"a tokenizing process died ({error})",
+                "the usual causes are too little memory, and a script without `if __name__ == '__main__':`; "
+                "0 tokenizes in this process",
+                this_host_only=True,
+            )
+        ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

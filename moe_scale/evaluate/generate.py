@@ -10,9 +10,17 @@ import torch
 
 @torch.no_grad()
 def sample(
-    model: Callable[..., Any], prompt: list[int], *, num_tokens: int, vocab_size: int, context: int, seed: int,
-    device: torch.device, temperature: float = 0.8, top_k: int = 50,
-) -> list[int]:  # fmt: skip
+    model: Callable[..., Any],
+    prompt: list[int],
+    *,
+    num_tokens: int,
+    vocab_size: int,
+    context: int,
+    seed: int,
+    device: torch.device,
+    temperature: float = 0.8,
+    top_k: int = 50,
+) -> list[int]:
     """Token ids that follow ``prompt``.
 
     With a sharded model all ranks must call it together; they draw the same tokens, from the same seed.

@@ -36,15 +36,24 @@ class LMScores(NamedTuple):
             "eval/bits_per_byte": self.bits_per_byte,
             "eval/unigram_entropy": self.unigram_entropy,
             "eval/tokens": self.tokens,
-            **({} if mean_sink is None else {"eval/sink_share": mean_sink, "eval/sink_share_per_layer": self.sink_share}),
+            **(
+                {}
+                if mean_sink is None
+                else {"eval/sink_share": mean_sink, "eval/sink_share_per_layer": self.sink_share}
+            ),
         }
 
 
 @torch.no_grad()
 def score(
-    model: Callable[..., Any], batches: Iterable[Any], *, token_bytes_V: np.ndarray, vocab_size: int,
-    sink_sequences: int, device: torch.device,
-) -> LMScores:  # fmt: skip
+    model: Callable[..., Any],
+    batches: Iterable[Any],
+    *,
+    token_bytes_V: np.ndarray,
+    vocab_size: int,
+    sink_sequences: int,
+    device: torch.device,
+) -> LMScores:
     """Score held-out batches. All ranks must call it together with the same number of batches.
 
     Args:

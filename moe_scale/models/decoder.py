@@ -89,9 +89,14 @@ class DecoderLM(nn.Module):
         self.head = TiedHead(self.embedding, config.loss_chunk_tokens)
 
     def forward(
-        self, ids_BS: Tensor, targets_BS: Tensor | None = None, document_ids_BS: Tensor | None = None,
-        *, want_sink: bool = False, last_only: bool = False,
-    ) -> LMOutput | Tensor:  # fmt: skip
+        self,
+        ids_BS: Tensor,
+        targets_BS: Tensor | None = None,
+        document_ids_BS: Tensor | None = None,
+        *,
+        want_sink: bool = False,
+        last_only: bool = False,
+    ) -> LMOutput | Tensor:
         """Score targets, or without them return logits.
 
         Args:
@@ -127,8 +132,8 @@ class DecoderLM(nn.Module):
         loss = lm_loss
         if moe is not None:
             weights = self.moe_config
-            # Averaged over layers, so that a weight means the same at any depth.
-            loss = loss + weights.aux_loss_weight * moe.aux_loss.mean() + weights.z_loss_weight * moe.z_loss.mean()
+            # Summed over layers: each router then feels the same weight at any depth.
+            loss = loss + weights.aux_loss_weight * moe.aux_loss.sum() + weights.z_loss_weight * moe.z_loss.sum()
         return LMOutput(loss, lm_loss, num_targets, moe, torch.stack(sinks) if sinks else None)
 
 

@@ -37,9 +37,14 @@ def capacity(num_tokens: int, top_k: int, num_experts: int, factor: float, minim
 
 
 def plan_dispatch(
-    ids_TK: Tensor, weights_TK: Tensor, num_experts: int, *, rows_per_expert: int | None = None,
-    drop_policy: DropPolicy = "position", valid_T: Tensor | None = None,
-) -> DispatchPlan:  # fmt: skip
+    ids_TK: Tensor,
+    weights_TK: Tensor,
+    num_experts: int,
+    *,
+    rows_per_expert: int | None = None,
+    drop_policy: DropPolicy = "position",
+    valid_T: Tensor | None = None,
+) -> DispatchPlan:
     """Sort the routed rows by expert.
 
     Args:
@@ -48,7 +53,7 @@ def plan_dispatch(
         num_experts: E.
         rows_per_expert: C; None drops nothing.
         drop_policy: who stays when an expert is given more than C rows. ``position``: first choices in token order,
-            then second choices, and so on (GShard, arXiv 2006.16668, algorithm 1); ``probability``: the largest weights.
+            then second choices, and so on (GShard, arXiv 2006.16668, algorithm 1); ``probability``: largest weights.
         valid_T: False for padding, which is sent nowhere and takes no capacity.
     """
     nowhere = num_experts

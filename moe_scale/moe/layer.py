@@ -71,9 +71,13 @@ class MoELayer(nn.Module):
 
         routing = softmax_top_k(self.router(x_TD), config.top_k, renormalize=config.renormalize)
         plan = plan_dispatch(
-            routing.ids_TK, routing.weights_TK, config.num_experts, valid_T=valid_T,
-            rows_per_expert=rows_per_expert(config, x_TD.shape[0], training=self.training), drop_policy=config.drop_policy,
-        )  # fmt: skip
+            routing.ids_TK,
+            routing.weights_TK,
+            config.num_experts,
+            valid_T=valid_T,
+            rows_per_expert=rows_per_expert(config, x_TD.shape[0], training=self.training),
+            drop_policy=config.drop_policy,
+        )
         rows_ND = gather_rows(x_TD, plan, config.top_k)
         if groups.ep_size == 1:
             rows_ND = self.experts(rows_ND, plan.counts_E)

@@ -28,12 +28,32 @@ _OWNED = {
     "wandb": "use --telemetry.wandb",
 }
 _KNOWN = {
-    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
-    "prescale_gradients", "gradient_predivide_factor", "zero_optimization", "bf16", "fp16", "data_types", "aio",
-    "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "communication_data_type", "comms_logger",
-    "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "flops_profiler", "timers",
-    "checkpoint", "nebula", "csv_monitor", "compile",
-}  # fmt: skip
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "zero_optimization",
+    "bf16",
+    "fp16",
+    "data_types",
+    "aio",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+    "communication_data_type",
+    "comms_logger",
+    "steps_per_print",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    "dump_state",
+    "flops_profiler",
+    "timers",
+    "checkpoint",
+    "nebula",
+    "csv_monitor",
+    "compile",
+}
 
 
 @dataclass(frozen=True)
@@ -49,7 +69,9 @@ class DeepSpeedPlan:
     @property
     def offload(self) -> bool:
         zero = self.json.get("zero_optimization", {})
-        return any((zero.get(f"offload_{part}") or {}).get("device", "none") != "none" for part in ("optimizer", "param"))
+        return any(
+            (zero.get(f"offload_{part}") or {}).get("device", "none") != "none" for part in ("optimizer", "param")
+        )
 
 
 def plan(config: RunConfig, launch: Launch, device: Device) -> tuple[DeepSpeedPlan, list[Problem]]:
@@ -61,6 +83,9 @@ def plan(config: RunConfig, launch: Launch, device: Device) -> tuple[DeepSpeedPl
     problems: list[Problem] = []
     where = "deepspeed_config"
     raw = _read(config.deepspeed_config, problems)
+    if problems:
+        # Nothing was read: what else could be said of it would be noise.
+        return DeepSpeedPlan({}, 3, 1, 1, "fp32"), problems
     _override(raw, config.deepspeed_override, problems)
 
     for key, instead in _OWNED.items():
@@ -68,7 +93,9 @@ def plan(config: RunConfig, launch: Launch, device: Device) -> tuple[DeepSpeedPl
             problems.append(Problem(f"{where}: {key}", "this section contradicts the run's own settings", instead))
     for key in raw.keys() - _KNOWN - _OWNED.keys():
         close = difflib.get_close_matches(key, _KNOWN, n=1)
-        problems.append(Problem(f"{where}: {key}", "unknown key", f"did you mean {close[0]}?" if close else "remove it"))
+        problems.append(
+            Problem(f"{where}: {key}", "unknown key", f"did you mean {close[0]}?" if close else "remove it")
+        )
 
     zero = _section(raw, "zero_optimization", problems)
     stage = zero.get("stage", 0)
@@ -152,10 +179,14 @@ def _zero_section_problems(zero: dict[str, Any]) -> list[Problem]:
         zero_section_schema()(**zero)
     except ValidationError as error:
         return [
-            Problem("deepspeed_config: zero_optimization." + ".".join(map(str, e["loc"])), f"{e['input']!r}",
-                    e["msg"].removeprefix("Input "))
-            for e in error.errors() if e["loc"][:1] != ("stage",)
-        ]  # fmt: skip
+            Problem(
+                "deepspeed_config: zero_optimization." + ".".join(map(str, e["loc"])),
+                f"{e['input']!r}",
+                e["msg"].removeprefix("Input "),
+            )
+            for e in error.errors()
+            if e["loc"][:1] != ("stage",)
+        ]
     except (AssertionError, ValueError, TypeError) as error:
         return [Problem("deepspeed_config: zero_optimization", str(error).splitlines()[0])]
     return []
@@ -164,7 +195,9 @@ def _zero_section_problems(zero: dict[str, Any]) -> list[Problem]:
 def _precision(raw: dict[str, Any], device: Device, problems: list[Problem]) -> Precision:
     enabled = {name: bool(_section(raw, name, problems).get("enabled", False)) for name in ("bf16", "fp16")}
     if all(enabled.values()):
-        problems.append(Problem("deepspeed_config: bf16, fp16", "both are enabled", "enable one of them, or none for fp32"))
+        problems.append(
+            Problem("deepspeed_config: bf16, fp16", "both are enabled", "enable one of them, or none for fp32")
+        )
     if enabled["bf16"]:
         if not device.bf16:
             problems.append(
@@ -193,18 +226,22 @@ def _batch(raw: dict[str, Any], launch: Launch, problems: list[Problem]) -> tupl
     total, micro, accum = figures.values()
     world = launch.world_size
     if micro is None and total is None:
-        problems.append(Problem(f"{where}: train_micro_batch_size_per_gpu", "not given", "sequences per rank and forward pass"))
+        problems.append(
+            Problem(f"{where}: train_micro_batch_size_per_gpu", "not given", "sequences per rank and forward pass")
+        )
         return 1, 1
     if total is None:
         return micro or 1, accum or 1
     per_step = world * (micro or 1) * (accum or 1)
     if total % per_step or (micro and accum and total != per_step):
         problems.append(
-            Problem(f"{where}: train_batch_size",
-                    f"{total} != train_micro_batch_size_per_gpu {micro or 1} * gradient_accumulation_steps {accum or 1}"
-                    f" * {world} rank{'s' if world > 1 else ''} = {per_step}",
-                    "leave train_batch_size out, or make it the product")
-        )  # fmt: skip
+            Problem(
+                f"{where}: train_batch_size",
+                f"{total} != train_micro_batch_size_per_gpu {micro or 1} * gradient_accumulation_steps {accum or 1}"
+                f" * {world} rank{'s' if world > 1 else ''} = {per_step}",
+                "leave train_batch_size out, or make it the product",
+            )
+        )
         return micro or 1, accum or 1
     if micro is None:
         return total // per_step, accum or 1
@@ -213,19 +250,25 @@ def _batch(raw: dict[str, Any], launch: Launch, problems: list[Problem]) -> tupl
 
 def _parallelism(config: RunConfig, stage: int, zero: dict[str, Any], launch: Launch) -> list[Problem]:
     """Expert parallelism against the number of ranks, the ZeRO stage and the backend."""
-    moe, found = config.moe, []
+    moe = config.moe
+    found: list[Problem] = []
     if not moe.enabled:
         return found
     if launch.world_size % moe.ep_size:
         ranks = "1 rank" if launch.world_size == 1 else f"{launch.world_size} ranks"
         found.append(
-            Problem("moe.ep_size", f"{moe.ep_size} does not divide the {ranks} of this run",
-                    f"start a multiple of {moe.ep_size} ranks or lower moe.ep_size")
-        )  # fmt: skip
+            Problem(
+                "moe.ep_size",
+                f"{moe.ep_size} does not divide the {ranks} of this run",
+                f"start a multiple of {moe.ep_size} ranks or lower moe.ep_size",
+            )
+        )
     if moe.ep_size > 1 and zero.get("zero_hpz_partition_size", 1) > 1:
         found.append(
-            Problem("deepspeed_config: zero_optimization.zero_hpz_partition_size",
-                    f"{zero['zero_hpz_partition_size']} does not combine with moe.ep_size = {moe.ep_size}",
-                    "remove it, or set moe.ep_size 1")
-        )  # fmt: skip
+            Problem(
+                "deepspeed_config: zero_optimization.zero_hpz_partition_size",
+                f"{zero['zero_hpz_partition_size']} does not combine with moe.ep_size = {moe.ep_size}",
+                "remove it, or set moe.ep_size 1",
+            )
+        )
     return found

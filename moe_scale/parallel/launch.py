@@ -49,15 +49,20 @@ def detect(environ: Mapping[str, str] | None = None) -> Launch:
     if "RANK" in env or "WORLD_SIZE" in env:
         rank, world = _number(env, "RANK"), _number(env, "WORLD_SIZE")
         local_rank = _number(env, "LOCAL_RANK", default=rank)
-        return Launch(rank, world, local_rank, _number(env, "LOCAL_WORLD_SIZE", default=_local_world(env, world)), "env")
+        return Launch(
+            rank, world, local_rank, _number(env, "LOCAL_WORLD_SIZE", default=_local_world(env, world)), "env"
+        )
     # A batch script sees SLURM_PROCID too; only a step that srun started has SLURM_STEP_NUM_TASKS.
     if "SLURM_STEP_NUM_TASKS" in env and "SLURM_PROCID" in env and _number(env, "SLURM_STEP_NUM_TASKS") > 0:
         world = _number(env, "SLURM_STEP_NUM_TASKS")
         tasks_here = env.get("SLURM_STEP_TASKS_PER_NODE", str(world))
         return Launch(
-            _number(env, "SLURM_PROCID"), world, _number(env, "SLURM_LOCALID"),
-            _slurm_tasks_on_node(tasks_here, _number(env, "SLURM_NODEID", default=0)), "srun",
-        )  # fmt: skip
+            _number(env, "SLURM_PROCID"),
+            world,
+            _number(env, "SLURM_LOCALID"),
+            _slurm_tasks_on_node(tasks_here, _number(env, "SLURM_NODEID", default=0)),
+            "srun",
+        )
     return Launch(0, 1, 0, 1, "none")
 
 
@@ -109,9 +114,12 @@ def _number(env: Mapping[str, str], name: str, default: int | None = None) -> in
         return default
     if text is None or not text.isdigit():
         raise ConfigError(
-            Problem(name, f"the environment variable is {text!r}", "a launcher sets it to a number; unset RANK and "
-                    "WORLD_SIZE to run one process")
-        )  # fmt: skip
+            Problem(
+                name,
+                f"the environment variable is {text!r}",
+                "a launcher sets it to a number; unset RANK and WORLD_SIZE to run one process",
+            )
+        )
     return int(text)
 
 

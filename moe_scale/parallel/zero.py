@@ -29,9 +29,12 @@ def check_version() -> None:
     found = deepspeed.__version__.split("+")[0]
     if found != DEEPSPEED_VERSION:
         raise ConfigError(
-            Problem("deepspeed", f"version {found} is installed",
-                    f"this release is tested with {DEEPSPEED_VERSION} alone: pip install deepspeed=={DEEPSPEED_VERSION}")
-        )  # fmt: skip
+            Problem(
+                "deepspeed",
+                f"version {found} is installed",
+                f"this release is tested with {DEEPSPEED_VERSION} alone: pip install deepspeed=={DEEPSPEED_VERSION}",
+            )
+        )
 
 
 def zero_section_schema() -> Any:
@@ -81,17 +84,26 @@ def mark_expert_parameters(parameters: Iterable[Parameter], groups: ParallelGrou
     if groups.ep_size == 1:
         return  # every rank holds every expert: ordinary parameters, at every ZeRO stage
     name = _group_name(groups.ep_size)
+    attributes = {
+        "allreduce": False,
+        "group_name": name,
+        "ds_zero_partition_group_name": name,
+        "ds_zero_placement_family": "autoep_expert",
+        "ds_zero_partition_process_group": groups.expert_data,
+    }
     for parameter in parameters:
-        parameter.allreduce = False
-        parameter.group_name = name
-        parameter.ds_zero_partition_group_name = name
-        parameter.ds_zero_placement_family = "autoep_expert"
-        parameter.ds_zero_partition_process_group = groups.expert_data
+        for attribute, value in attributes.items():
+            setattr(parameter, attribute, value)
 
 
 def is_expert_parallel(parameter: Parameter) -> bool:
     """Whether :func:`mark_expert_parameters` (or AutoEP) marked the parameter."""
     return not getattr(parameter, "allreduce", True)
+
+
+def expert_group_name(parameter: Parameter) -> str:
+    """DeepSpeed's name of the groups that share an expert-parallel parameter; empty for any other parameter."""
+    return str(getattr(parameter, "group_name", "")) if is_expert_parallel(parameter) else ""
 
 
 @contextlib.contextmanager
@@ -121,8 +133,10 @@ def full_shape(parameter: Parameter) -> torch.Size:
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def squared_grad_norms(engine: Any, named_groups: Mapping[str, list[Parameter]], stage: int) -> dict[str, float]:
-    """Squared L2 norm of the global gradient of each group of parameters, every expert counted once.
+def squared_grad_norms(
+    engine: Any, parts: Mapping[str, list[Parameter]], stage: int, groups: ParallelGroups
+) -> dict[str, float]:
+    """Squared L2 norm of the global gradient of each part of the model, every expert counted once.
 
     Call it between ``backward`` and ``step`` of the last micro-batch of a step, on all ranks. Gradients are those
     that the optimizer is about to see: averaged over the data-parallel ranks, before clipping, loss scale undone.
@@ -133,17 +147,19 @@ def squared_grad_norms(engine: Any, named_groups: Mapping[str, list[Parameter]],
 
     scale = float(getattr(engine.optimizer, "loss_scale", 1.0) or 1.0)
     device = get_accelerator().current_device_name()
-    sums = torch.zeros(len(named_groups), dtype=torch.float64, device=device)
-    for index, parameters in enumerate(named_groups.values()):
+    sums = torch.zeros(len(parts), dtype=torch.float64, device=device)
+    for index, parameters in enumerate(parts.values()):
         for parameter in parameters:
-            gradient = safe_get_local_grad(parameter) if stage == 3 else safe_get_full_grad(parameter)
+            if stage == 3:  # this rank's shard; what pads the last one is zero
+                gradient, copies = safe_get_local_grad(parameter), 1
+            else:
+                gradient = safe_get_full_grad(parameter)
+                copies = groups.world_size // (groups.ep_size if is_expert_parallel(parameter) else 1)
             if gradient is not None:
-                sums[index] += gradient.detach().double().square().sum()
-    if stage == 3:
-        # Each rank holds another shard; what pads the last shard is zero.
-        comm.all_reduce(sums)
+                sums[index] += gradient.detach().double().square().sum() / copies
+    comm.all_reduce(sums)
     sums /= scale**2
-    return dict(zip(named_groups, sums.tolist(), strict=True))
+    return dict(zip(parts, sums.tolist(), strict=True))
 
 
 def global_grad_norm(engine: Any) -> float | None:

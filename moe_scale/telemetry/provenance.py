@@ -12,7 +12,7 @@ import socket
 import subprocess
 import tempfile
 from collections.abc import Mapping
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,16 @@ PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "numpy", "bitsandb
 DIFF_LIMIT_BYTES = 1_000_000
 GIT_TIMEOUT_S = 20
 
-# Names whose value is hidden when it is text. "tokens" and "tokenizer" are no secrets and do not match.
-_SECRET_NAME = re.compile(r"(^|[._-])(api_?key|access_?key|token|secret|passw(or)?d|credentials?)$", re.IGNORECASE)
+# Names whose value is hidden when it is text, and what a tokenizer calls its own tokens, which is no secret.
+_SECRET_NAME = re.compile(
+    r"(^|[._-])((api|access|private|secret)[_-]?key|token|secret|passw(or)?d|credentials?)$", re.IGNORECASE
+)
+_TEXT_TOKEN = re.compile(r"(bos|eos|pad|unk|sep|cls|mask|image)_token$", re.IGNORECASE)
 _URL_LOGIN = re.compile(r"(?<=://)[^/@\s]+@")
 HIDDEN = "<hidden>"
 
 
-def snapshot(run_dir: Path, *, settings: dict, deepspeed: dict, argv: list[str]) -> dict:
+def snapshot(run_dir: Path, *, settings: dict, deepspeed: dict, argv: list[str], device: str | None = None) -> dict:
     """Write ``run.json`` into ``run_dir``, atomically, and return what it holds. Call on the first rank only.
 
     An earlier ``run.json`` and ``source.diff``, of the start that this one resumes, are kept as ``run.<n>.json`` and
@@ -37,6 +40,7 @@ def snapshot(run_dir: Path, *, settings: dict, deepspeed: dict, argv: list[str])
         settings: resolved settings.
         deepspeed: the DeepSpeed JSON as it is used.
         argv: the command line.
+        device: name of the device; torch is asked where it is not given.
 
     Raises:
         OSError: the folder cannot be written.
@@ -45,14 +49,14 @@ def snapshot(run_dir: Path, *, settings: dict, deepspeed: dict, argv: list[str])
     run_dir.mkdir(parents=True, exist_ok=True)
     source, diff = source_state(Path(__file__).resolve().parents[1])
     record = {
-        "started": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "started": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "command": hide_arguments(argv),
         "settings": hide(settings),
         "deepspeed": hide(deepspeed),
         "packages": package_versions(),
         "source": source,
         "host": socket.gethostname(),
-        "device": device_name(),
+        "device": device or device_name(),
         "world_size": world_size(),
     }
     keep_earlier(run_dir)
@@ -127,19 +131,15 @@ def package_versions() -> dict[str, str | None]:
     return versions
 
 
-def device_name() -> str | None:
+def device_name() -> str:
     """Name of this rank's device as its driver gives it (``NVIDIA H100 80GB HBM3``), or the processor's."""
-    try:
-        import torch
-        from deepspeed.accelerator import get_accelerator
+    import torch
 
-        accelerator = get_accelerator()
-        kind = accelerator.device_name()
-        if kind != "cpu":
-            return torch.get_device_module(kind).get_device_name(accelerator.current_device())
-    except Exception:  # every accelerator package fails in its own way, and none may stop a run here
-        return None
-    return processor_name()
+    device = torch.accelerator.current_accelerator(check_available=True)
+    module = torch.get_device_module(device) if device else None
+    if module is None or not hasattr(module, "get_device_name"):
+        return processor_name()
+    return str(module.get_device_name())
 
 
 def processor_name() -> str:
@@ -169,7 +169,9 @@ def hide(value: Any, name: str = "") -> Any:
         return [hide(item, name) for item in value]
     if not isinstance(value, str):
         return value
-    return HIDDEN if value and _SECRET_NAME.search(name) else _URL_LOGIN.sub(f"{HIDDEN}@", value)
+    if value and _SECRET_NAME.search(name) and not _TEXT_TOKEN.search(name):
+        return HIDDEN
+    return _URL_LOGIN.sub(f"{HIDDEN}@", value)
 
 
 def hide_arguments(argv: list[str]) -> list[str]:

@@ -36,8 +36,13 @@ NO_ACCELERATOR = "Setting accelerator to CPU. If you have GPU or other accelerat
 """DeepSpeed's remark on a machine where it found no accelerator (real_accelerator.py)."""
 
 DEVICE_FILES = (
-    "/dev/nvidia[0-9]*", "/dev/kfd", "/dev/dri/renderD*", "/dev/dxg", "/dev/accel*", "/dev/davinci[0-9]*",
-)  # fmt: skip
+    "/dev/nvidia[0-9]*",
+    "/dev/kfd",
+    "/dev/dri/renderD*",
+    "/dev/dxg",
+    "/dev/accel*",
+    "/dev/davinci[0-9]*",
+)
 """What the drivers of NVIDIA, AMD, Intel, WSL, Habana and Ascend devices create."""
 
 

@@ -16,11 +16,23 @@ from typing import Any
 log = logging.getLogger("moe_scale.telemetry")
 
 GROUPS = {
-    "loss": "train", "lm_loss": "train", "perplexity": "train", "lr": "train", "grad_norm": "train", "tokens": "train",
-    "loss_scale": "train", "epoch": "train",
-    "tokens_per_s": "speed", "tokens_per_s_per_device": "speed", "step_time_s": "speed", "mfu": "speed",
-    "aux_loss": "moe", "z_loss": "moe", "entropy": "moe", "dropped": "moe",
-}  # fmt: skip
+    "loss": "train",
+    "lm_loss": "train",
+    "perplexity": "train",
+    "lr": "train",
+    "grad_norm": "train",
+    "tokens": "train",
+    "loss_scale": "train",
+    "epoch": "train",
+    "tokens_per_s": "speed",
+    "tokens_per_s_per_device": "speed",
+    "step_time_s": "speed",
+    "mfu": "speed",
+    "aux_loss": "moe",
+    "z_loss": "moe",
+    "entropy": "moe",
+    "dropped": "moe",
+}
 """Heading that a plain name is shown under; a name with a ``/`` already says its own."""
 
 
@@ -40,7 +52,7 @@ class JsonLines:
         try:
             if self._file is None:
                 # Unbuffered: a write that fails leaves nothing behind that a later flush would raise again.
-                self._file = open(self.path, "ab", buffering=0)
+                self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - close() closes it
                 self._separate = ends_mid_line(self.path)
             line = b"\n" + line if self._separate else line
             start = self._file.seek(0, os.SEEK_END)

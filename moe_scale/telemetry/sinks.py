@@ -19,13 +19,13 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from moe_scale.config import TelemetryConfig
+from moe_scale.telemetry.provenance import hide
 from moe_scale.telemetry.records import JsonLines, flatten, plain, truncate_after
 
 log = logging.getLogger("moe_scale.telemetry")
 
 WANDB_TIMEOUT_S = 30
 """Seconds that W&B may take to start and, at the end, to upload what is left. Every other rank waits meanwhile."""
-
 
 WANDB_HOSTS = {"api.wandb.ai", "api.forge.coreweave.com"}
 """Names of W&B's public service; releases differ in which one is their default, a login for one serves both."""
@@ -36,7 +36,7 @@ class Sink(Protocol):
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self, failed: bool) -> None: ...
 
 
 class MetricsLogger:
@@ -45,7 +45,7 @@ class MetricsLogger:
     Args:
         run_dir: folder of the run; ``metrics.jsonl`` and ``tensorboard/`` and ``wandb/`` are made in it.
         config: which sinks to use.
-        run_config: resolved settings, shown with the run in W&B.
+        run_config: resolved settings, shown with the run in W&B; secrets are hidden.
         run_name: name of the run in W&B.
         enabled: False on every rank but the first; then nothing is written and no call does anything.
         layers: numbers of the layers that per-layer lists are about; None counts 0, 1, 2, ...
@@ -64,25 +64,28 @@ class MetricsLogger:
         self.enabled = enabled
         self.path = Path(run_dir) / "metrics.jsonl"
         self.layers = layers
-        self._file: JsonLines | None = None
-        self._purge_step: int | None = None
+        self._file = JsonLines(self.path)
         self._config, self._run_config, self._run_name = config, run_config, run_name
         self._sinks: dict[str, Sink] | None = None
+        self._resumed_step = -1
         if enabled:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = JsonLines(self.path)
-            # W&B starts here and not at the first record, so that its line comes before the progress bar.
-            self._wandb = open_wandb(self.path.parent, config, run_config=run_config, run_name=run_name)
 
     def truncate_after(self, step: int) -> None:
-        """Drop the records of steps after ``step``, from which the run resumes; -1 drops all. Call before ``log``."""
+        """Continue a run that resumes from ``step``: the records of later steps go, in TensorBoard too, and W&B shows
+        the same run. -1 starts from scratch. Call it before the first record and before a progress bar is shown:
+        W&B starts here and may say so.
+        """
         if not self.enabled:
             return
-        self._purge_step = step + 1
+        self._file.close()  # the next record opens the file that takes its place
+        self._resumed_step = step
         try:
             truncate_after(self.path, step)
         except OSError as error:
             log.warning("could not drop the records after step %d from %s: %s", step, self.path, error)
+        if self._sinks is None:
+            self._sinks = self._open_sinks()
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Write one record.
@@ -95,51 +98,61 @@ class MetricsLogger:
             return
         values = plain(record)
         step = int(values["step"])
-        assert self._file is not None
         self._file.append(values)
+        if self._sinks is None:
+            self._sinks = self._open_sinks()
         scalars = dict(flatten({k: v for k, v in values.items() if k != "step"}, self.layers))
-        for name, sink in list(self._open_sinks().items()):
+        for name, sink in list(self._sinks.items()):
             try:
                 sink.write(step, scalars)
             except Exception as error:  # a view of the numbers must not end the run
                 log.warning("%s stopped, the run goes on without it: %s", name, brief(error))
-                del self._sinks[name]  # type: ignore[union-attr]
+                del self._sinks[name]
 
-    def close(self) -> None:
-        """Flush and close everything. Waits at most :data:`WANDB_TIMEOUT_S` seconds for W&B. May be called twice."""
-        if not self.enabled:
-            return
-        for name, sink in self._open_sinks().items():
+    def close(self, *, failed: bool = False) -> None:
+        """Flush and close everything. Waits at most :data:`WANDB_TIMEOUT_S` seconds for W&B. May be called twice.
+
+        Args:
+            failed: the run ended with an error; W&B marks it so.
+        """
+        for name, sink in (self._sinks or {}).items():
             try:
-                sink.close()
+                sink.close(failed)
             except Exception as error:
                 log.warning("%s did not close cleanly: %s", name, brief(error))
-        assert self._file is not None
+        self._sinks = None
         self._file.close()
         self.enabled = False
 
     def __enter__(self) -> MetricsLogger:
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        self.close(failed=kind is not None)
 
     def _open_sinks(self) -> dict[str, Sink]:
-        """The sinks in use. TensorBoard opens at the first record: only then is the step known that it purges from."""
-        if self._sinks is None:
-            self._sinks = {"W&B": self._wandb} if self._wandb else {}
-            if self._config.tensorboard:
-                try:
-                    self._sinks["TensorBoard"] = TensorBoardSink(self.path.parent / "tensorboard", self._purge_step)
-                except Exception as error:
-                    log.warning("TensorBoard is off: %s", brief(error))
-        return self._sinks
+        sinks: dict[str, Sink] = {}
+        if self._config.tensorboard:
+            try:
+                sinks["TensorBoard"] = TensorBoardSink(self.path.parent / "tensorboard", self._resumed_step + 1)
+            except Exception as error:
+                log.warning("TensorBoard is off: %s", brief(error))
+        wandb_sink = open_wandb(
+            self.path.parent,
+            self._config,
+            run_config=hide(self._run_config),
+            run_name=self._run_name,
+            resumed=self._resumed_step >= 0,
+        )
+        if wandb_sink:
+            sinks["W&B"] = wandb_sink
+        return sinks
 
 
 class TensorBoardSink:
     """TensorBoard events in ``folder``; events from ``purge_step`` on, left by an earlier start, are hidden."""
 
-    def __init__(self, folder: Path, purge_step: int | None):
+    def __init__(self, folder: Path, purge_step: int):
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(folder), purge_step=purge_step, flush_secs=30)
@@ -148,7 +161,7 @@ class TensorBoardSink:
         for tag, value in scalars.items():
             self._writer.add_scalar(tag, value, step)
 
-    def close(self) -> None:
+    def close(self, failed: bool) -> None:
         self._writer.close()
 
 
@@ -162,13 +175,15 @@ class WandbSink:
         # Our own step as the axis: W&B's counter refuses steps that a resumed run repeats.
         self._run.log({"step": step, **scalars})
 
-    def close(self) -> None:
-        self._run.finish()
+    def close(self, failed: bool) -> None:
+        self._run.finish(exit_code=int(failed))
 
 
-def open_wandb(run_dir: Path, config: TelemetryConfig, *, run_config: dict, run_name: str) -> WandbSink | None:
+def open_wandb(
+    run_dir: Path, config: TelemetryConfig, *, run_config: dict, run_name: str, resumed: bool
+) -> WandbSink | None:
     """Start W&B as ``config.wandb`` says, or return None. Never asks, never raises, and gives up after a set time."""
-    mode = config.wandb
+    mode: str = config.wandb
     if mode == "auto":
         mode = wandb_auto_mode()
     if mode == "off":
@@ -176,45 +191,48 @@ def open_wandb(run_dir: Path, config: TelemetryConfig, *, run_config: dict, run_
     if mode == "online" and not wandb_login_found():
         log.warning("W&B writes offline to %s: there is no login (run `wandb login`)", run_dir / "wandb")
         mode = "offline"
+    arguments = {"project": config.wandb_project, "config": run_config, "name": run_name}
     try:
         try:
-            return start_wandb(run_dir, mode, project=config.wandb_project, run_config=run_config, run_name=run_name)
+            return start_wandb(run_dir, mode, resumed=resumed, **arguments)
         except Exception as error:
             if config.wandb != "online" or mode == "offline":
                 raise
             log.warning("W&B writes offline to %s: %s", run_dir / "wandb", brief(error))
-            return start_wandb(
-                run_dir, "offline", project=config.wandb_project, run_config=run_config, run_name=run_name
-            )
+            return start_wandb(run_dir, "offline", resumed=False, **arguments)
     except Exception as error:  # bad key, no network, no package: the run matters more
         log.warning("W&B is off: %s", brief(error))
         return None
 
 
-def start_wandb(run_dir: Path, mode: str, *, project: str, run_config: dict, run_name: str) -> WandbSink:
-    """``wandb.init`` with every wait bounded. A resumed online run continues the one that ``wandb_run_id`` names."""
+def start_wandb(run_dir: Path, mode: str, *, resumed: bool, **arguments: Any) -> WandbSink:
+    """``wandb.init`` with every wait bounded. A resumed online run continues the one that ``wandb_run_id`` names;
+    an offline one is a run of its own at each start, since what was written before may not be uploaded yet.
+    """
     import wandb
 
-    wanted = {
-        "init_timeout": WANDB_TIMEOUT_S, "finish_timeout": WANDB_TIMEOUT_S, "x_service_wait": WANDB_TIMEOUT_S,
+    wanted: dict[str, Any] = {
+        "init_timeout": WANDB_TIMEOUT_S,
+        "finish_timeout": WANDB_TIMEOUT_S,
+        "x_service_wait": WANDB_TIMEOUT_S,
         "x_graphql_timeout_seconds": WANDB_TIMEOUT_S,
-        "login_timeout": 1, "silent": True, "console": "off",
-    }  # fmt: skip
+        "login_timeout": 1,
+        "silent": True,
+        "console": "off",
+    }
     known = getattr(wandb.Settings, "model_fields", wanted)  # older releases lack some of these
     settings = wandb.Settings(**{k: v for k, v in wanted.items() if k in known})
     wandb.setup(settings=settings)
-    if mode == "online" and "prompt" in inspect.signature(wandb.login).parameters:
-        # Says so rather than asks if W&B reads a login differently from wandb_login_found.
-        if not wandb.login(prompt=False, verify=False):
-            raise RuntimeError("there is no login (run `wandb login`)")
+    # wandb.init asks where W&B, unlike wandb_login_found, sees no login; older releases give up asking in a second.
+    may_ask = mode == "online" and "prompt" in inspect.signature(wandb.login).parameters
+    if may_ask and not wandb.login(prompt=False, verify=False):
+        raise RuntimeError("there is no login (run `wandb login`)")
     id_file = run_dir / "wandb_run_id"
     run_id = uuid.uuid4().hex[:8]
-    if mode == "online" and id_file.exists():
+    if mode == "online" and resumed and id_file.exists():
         run_id = id_file.read_text().strip() or run_id
-    run = wandb.init(
-        project=project, name=run_name, dir=str(run_dir), mode=mode, config=run_config, id=run_id,
-        resume="allow" if mode == "online" else None, settings=settings,
-    )  # fmt: skip
+    arguments |= {"mode": mode, "resume": "allow" if mode == "online" else None}
+    run = wandb.init(dir=str(run_dir), id=run_id, settings=settings, **arguments)
     run.define_metric("*", step_metric="step")
     if mode == "online":
         id_file.write_text(run_id)

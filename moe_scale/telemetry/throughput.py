@@ -69,12 +69,14 @@ class Throughput:
         return statistics.median(s for _, s in self._window) if self._window else math.nan
 
 
-# Dense peaks in TFLOP/s (no structured sparsity; data sheets that print the sparse figure are halved). Sources:
-# NVIDIA data sheets of V100, T4, A100, A30, A40, A10, L4, L40, L40S, RTX A6000, H100, H200, GH200, HGX B200 and GB200,
-# the whitepapers of GA102, Ada and RTX Blackwell (GeForce: with fp32 accumulation, as training uses it), and
-# AMD data sheets of the Instinct MI200 and MI300 series. One MI250 card is two devices: half its figure each.
-# The first entry whose words are all in the device's name wins, so a variant stands before its family.
+# Dense peaks in TFLOP/s; a data sheet that prints the figure with structured sparsity is halved. Sources: NVIDIA's data
+# sheets of V100, T4, A100, A800, A30, A40, A10, A10G, L4, L40, L40S, RTX A6000, H100, H800, H200, GH200, HGX B200/B300
+# and GB200/GB300 NVL72 (per GPU); its whitepapers of GA102, Ada and RTX Blackwell (GeForce, with fp32 accumulation, as
+# in training); AMD's data sheets of Instinct MI200, MI300 and MI350. A card of the MI250 is two devices of half of it.
+# "fp32" is the vector rate. The first entry whose words are all in the device's name wins: a variant before its family.
 _PEAK_TFLOPS: tuple[tuple[str, dict[str, float]], ...] = (
+    ("GB300", {"bf16": 2500, "fp16": 2500, "fp8": 5000, "tf32": 1250, "fp32": 80}),
+    ("B300", {"bf16": 2250, "fp16": 2250, "fp8": 4500, "tf32": 1125, "fp32": 75}),
     ("GB200", {"bf16": 2500, "fp16": 2500, "fp8": 5000, "tf32": 1250, "fp32": 80}),
     ("B200", {"bf16": 2250, "fp16": 2250, "fp8": 4500, "tf32": 1125, "fp32": 75}),
     ("H200 NVL", {"bf16": 835.5, "fp16": 835.5, "fp8": 1671, "tf32": 417.5, "fp32": 60}),
@@ -84,7 +86,6 @@ _PEAK_TFLOPS: tuple[tuple[str, dict[str, float]], ...] = (
     ("H100 NVL", {"bf16": 835.5, "fp16": 835.5, "fp8": 1671, "tf32": 417.5, "fp32": 60}),
     ("H100", {"bf16": 989, "fp16": 989, "fp8": 1979, "tf32": 494.5, "fp32": 67}),
     ("H800", {"bf16": 989, "fp16": 989, "fp8": 1979, "tf32": 494.5, "fp32": 67}),
-    ("H20", {"bf16": 148, "fp16": 148, "fp8": 296, "tf32": 74, "fp32": 44}),
     ("A100", {"bf16": 312, "fp16": 312, "tf32": 156, "fp32": 19.5}),
     ("A800", {"bf16": 312, "fp16": 312, "tf32": 156, "fp32": 19.5}),
     ("A30", {"bf16": 165, "fp16": 165, "tf32": 82, "fp32": 10.3}),
@@ -106,9 +107,9 @@ _PEAK_TFLOPS: tuple[tuple[str, dict[str, float]], ...] = (
     ("MI325X", {"bf16": 1307, "fp16": 1307, "fp8": 2615, "tf32": 653.7, "fp32": 163.4}),
     ("MI300X", {"bf16": 1307, "fp16": 1307, "fp8": 2615, "tf32": 653.7, "fp32": 163.4}),
     ("MI300A", {"bf16": 980.6, "fp16": 980.6, "fp8": 1961.2, "tf32": 490.3, "fp32": 122.6}),
-    ("MI250X", {"bf16": 191.5, "fp16": 191.5, "fp32": 47.9}),
-    ("MI250", {"bf16": 181, "fp16": 181, "fp32": 45.3}),
-    ("MI210", {"bf16": 181, "fp16": 181, "fp32": 45.3}),
+    ("MI250X", {"bf16": 191.5, "fp16": 191.5, "fp32": 23.9}),
+    ("MI250", {"bf16": 181, "fp16": 181, "fp32": 22.6}),
+    ("MI210", {"bf16": 181, "fp16": 181, "fp32": 22.6}),
 )
 
 _DTYPE_NAMES = {

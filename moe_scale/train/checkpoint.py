@@ -43,13 +43,19 @@ def layout_problems(path: Path, layout: dict[str, Any]) -> list[Problem]:
     """How the run that wrote the checkpoint was spread differently from this one; DeepSpeed's files want the same."""
     saved = describe(path).get("layout", {})
     return [
-        Problem(f"resume: {name}", f"the checkpoint {path.name} was written with {saved.get(name)}, this run has {value}",
-                f"start with {name} = {saved.get(name)}")
-        for name, value in layout.items() if saved.get(name) != value
-    ]  # fmt: skip
+        Problem(
+            f"resume: {name}",
+            f"the checkpoint {path.name} was written with {saved.get(name)}, this run has {value}",
+            f"start with {name} = {saved.get(name)}",
+        )
+        for name, value in layout.items()
+        if saved.get(name) != value
+    ]
 
 
-def save(engine: Any, run_dir: Path, *, step: int, tokens: int, data_state: dict[str, Any], layout: dict[str, Any]) -> Path:
+def save(
+    engine: Any, run_dir: Path, *, step: int, tokens: int, data_state: dict[str, Any], layout: dict[str, Any]
+) -> Path:
     """Write a checkpoint after ``step`` steps; all ranks must call it together. Returns its folder."""
     path = run_dir / "checkpoints" / f"step_{step:08d}"
     engine.save_checkpoint(str(path.parent), tag=path.name, client_state={"step": step})

@@ -39,9 +39,13 @@ class LanguageModelTask(Task):
             return found + error.problems
         if tokenizer.vocab_size > self.config.model.vocab_size:
             found.append(
-                Problem("model.vocab_size", f"{self.config.model.vocab_size} < {tokenizer.vocab_size} tokens of "
-                        f"data.tokenizer = {self.config.data.tokenizer}", f"choose at least {tokenizer.vocab_size}")
-            )  # fmt: skip
+                Problem(
+                    "model.vocab_size",
+                    f"{self.config.model.vocab_size} < {tokenizer.vocab_size} tokens of "
+                    f"data.tokenizer = {self.config.data.tokenizer}",
+                    f"choose at least {tokenizer.vocab_size}",
+                )
+            )
         return found
 
     def prepare(self, say: Callable[[str], None]) -> None:
@@ -53,7 +57,12 @@ class LanguageModelTask(Task):
         self.token_bytes_V = self.tokenizer.token_bytes()
         self.text = open_text(self.config.data, self.tokenizer)
         self.loader = train_loader(
-            self.text, self.config.data, micro_batch=micro_batch, rank=rank, world_size=world_size, seed=self.config.seed
+            self.text,
+            self.config.data,
+            micro_batch=micro_batch,
+            rank=rank,
+            world_size=world_size,
+            seed=self.config.seed,
         )
 
     def build_model(self, groups: ParallelGroups) -> DecoderLM:
@@ -75,15 +84,23 @@ class LanguageModelTask(Task):
     def evaluate(self, engine: Any) -> dict[str, Any]:
         config = self.config
         batches = eval_batches(
-            self.text, config.data, micro_batch=self.micro_batch, rank=self.rank, world_size=self.world_size,
+            self.text,
+            config.data,
+            micro_batch=self.micro_batch,
+            rank=self.rank,
+            world_size=self.world_size,
             max_tokens=config.eval.max_tokens,
-        )  # fmt: skip
+        )
         engine.eval()
         try:
             scores = score(
-                engine, batches, token_bytes_V=self.token_bytes_V, vocab_size=config.model.vocab_size,
-                sink_sequences=config.eval.sink_sequences, device=device.current(),
-            )  # fmt: skip
+                engine,
+                batches,
+                token_bytes_V=self.token_bytes_V,
+                vocab_size=config.model.vocab_size,
+                sink_sequences=config.eval.sink_sequences,
+                device=device.current(),
+            )
         finally:
             engine.train()
         return scores.record()
@@ -99,9 +116,12 @@ class LanguageModelTask(Task):
             ("held-out loss", f"{scores['eval/loss']:.4f} nats a token over {scores['eval/tokens']:,} tokens"),
             ("perplexity", f"{scores['eval/perplexity']:.2f}"),
             ("bits per byte", f"{scores['eval/bits_per_byte']:.4f}"),
-            ("unigram entropy", f"{scores['eval/unigram_entropy']:.4f} nats of the same text; the loss is {gap:.2f} below it"),
+            (
+                "unigram entropy",
+                f"{scores['eval/unigram_entropy']:.4f} nats of the same text; the loss is {gap:.2f} below it",
+            ),
             *([("attention sink", f"{sink:.1%} of attention goes to the first token")] if sink is not None else []),
-        ]  # fmt: skip
+        ]
         text = self._continue_prompt(engine)
         return [*lines, *([("sample", text)] if text else [])]
 
@@ -113,8 +133,13 @@ class LanguageModelTask(Task):
         engine.eval()
         with torch.no_grad():
             ids = sample(
-                engine, prompt, num_tokens=config.eval.sample_tokens, vocab_size=self.tokenizer.vocab_size,
-                context=config.data.seq_len, seed=config.seed, device=device.current(),
-            )  # fmt: skip
+                engine,
+                prompt,
+                num_tokens=config.eval.sample_tokens,
+                vocab_size=self.tokenizer.vocab_size,
+                context=config.data.seq_len,
+                seed=config.seed,
+                device=device.current(),
+            )
         engine.train()
         return config.eval.prompt + self.tokenizer.decode(ids)

@@ -14,6 +14,7 @@ from moe_scale.errors import ConfigError, Problem
 from moe_scale.parallel import device as devices
 from moe_scale.parallel import launch as launches
 from moe_scale.parallel import zero
+from moe_scale.parallel.groups import ParallelGroups
 from moe_scale.settings import to_dict
 from moe_scale.telemetry.progress import Progress
 from moe_scale.telemetry.provenance import snapshot
@@ -45,9 +46,13 @@ def train(job: Job) -> None:
 
     settings = to_dict(config)
     logger = MetricsLogger(
-        run_dir, config.telemetry, run_config=settings, run_name=run_dir.name, enabled=launch.is_main,
+        run_dir,
+        config.telemetry,
+        run_config=settings,
+        run_name=run_dir.name,
+        enabled=launch.is_main,
         layers=task.sparse_layers,
-    )  # fmt: skip
+    )
     if launch.is_main:
         snapshot(run_dir, settings=settings, deepspeed=plan.json, argv=job.argv)
     logger.truncate_after(step if job.resume_from else -1)
@@ -70,7 +75,7 @@ def train(job: Job) -> None:
                 if logged:
                     meter.add(output)
                     if micro_step == plan.grad_accum - 1:
-                        grad_norms = _grad_norms(engine, parts, plan.stage)
+                        grad_norms = _grad_norms(engine, parts, plan.stage, groups)
                 engine.step()
             tokens += tokens_per_step
             if logged:
@@ -96,7 +101,6 @@ def train(job: Job) -> None:
         _print_summary([*summary, ("tokens seen", f"{tokens:,}"), ("run folder", str(run_dir.resolve()))])
     dist.barrier()
     engine.destroy()
-    dist.destroy_process_group()
 
 
 def _prepare_data(job: Job) -> None:
@@ -127,10 +131,14 @@ def _stopping_together() -> Iterator[None]:
 
 def _announce(job: Job, progress: Progress, tokens_per_step: int) -> None:
     config, plan = job.config, job.plan
-    moe = f"{config.moe.num_experts} experts top-{config.moe.top_k}, {config.moe.backend}" if config.moe.enabled else "dense"
+    moe = (
+        f"{config.moe.num_experts} experts top-{config.moe.top_k}, {config.moe.backend}"
+        if config.moe.enabled
+        else "dense"
+    )
     progress.message(
-        f"{job.name} at scale {config.scale}: {moe}, ep_size {config.moe.ep_size}; ZeRO-{plan.stage}, {plan.precision}, "
-        f"{job.launch.world_size} x {job.device.name}; {tokens_per_step:,} tokens a step"
+        f"{job.name} at scale {config.scale}: {moe}, ep_size {config.moe.ep_size}; ZeRO-{plan.stage}, "
+        f"{plan.precision}, {job.launch.world_size} x {job.device.name}; {tokens_per_step:,} tokens a step"
     )
     if job.resume_from is not None:
         progress.message(f"continuing from {job.resume_from}")
@@ -138,9 +146,9 @@ def _announce(job: Job, progress: Progress, tokens_per_step: int) -> None:
         progress.message("this CPU multiplies bf16 about 6 times faster than fp32: enable bf16 in the DeepSpeed JSON")
 
 
-def _grad_norms(engine: Any, parts: dict[str, Any], stage: int) -> dict[str, float]:
+def _grad_norms(engine: Any, parts: dict[str, Any], stage: int, groups: ParallelGroups) -> dict[str, float]:
     """The global gradient norm and that of each part of the model, before clipping."""
-    squares = zero.squared_grad_norms(engine, parts, stage)
+    squares = zero.squared_grad_norms(engine, parts, stage, groups)
     norms = {f"grad_norm/{part}": math.sqrt(square) for part, square in squares.items()}
     return {"grad_norm": math.sqrt(sum(squares.values())), **norms}
 

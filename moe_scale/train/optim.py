@@ -9,7 +9,7 @@ from torch import nn
 
 from moe_scale.config import OptimConfig, RunConfig
 from moe_scale.errors import Problem
-from moe_scale.parallel.zero import full_shape, is_expert_parallel
+from moe_scale.parallel.zero import expert_group_name, full_shape
 
 PARTS = ("embedding", "attention", "router", "experts", "ffn", "norms")
 """Groups of parameters whose gradient norms are reported apart."""
@@ -48,13 +48,15 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         if not parameter.requires_grad:
             continue
         decays = len(full_shape(parameter)) >= 2 and part_of(name) != "embedding"
-        expert_group = parameter.group_name if is_expert_parallel(parameter) else ""
+        expert_group = expert_group_name(parameter)
         if (decays, expert_group) not in groups:
             label = expert_group or ("decayed" if decays else "undecayed")
             groups[decays, expert_group] = {
-                "params": [], "weight_decay": weight_decay if decays else 0.0, "name": label,
+                "params": [],
+                "weight_decay": weight_decay if decays else 0.0,
+                "name": label,
                 **({"moe": True} if expert_group else {}),
-            }  # fmt: skip
+            }
         groups[decays, expert_group]["params"].append(parameter)
     return list(groups.values())
 
@@ -62,7 +64,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     """AdamW over :func:`parameter_groups`: torch's, or bitsandbytes' with 8-bit moments."""
     groups = parameter_groups(model, config.weight_decay)
-    common = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
+    common: dict[str, Any] = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
     if config.name == "adamw8bit":
         from bitsandbytes.optim import AdamW8bit
 
@@ -76,8 +78,14 @@ def optimizer_problems(config: OptimConfig) -> list[Problem]:
         try:
             import bitsandbytes  # noqa: F401
         except Exception as error:  # an import of a compiled package can fail in any way
-            return [Problem("optim.name", f"adamw8bit needs bitsandbytes, which does not import: {error}",
-                            "pip install bitsandbytes, or use adamw", this_host_only=True)]  # fmt: skip
+            return [
+                Problem(
+                    "optim.name",
+                    f"adamw8bit needs bitsandbytes, which does not import: {error}",
+                    "pip install bitsandbytes, or use adamw",
+                    this_host_only=True,
+                )
+            ]
     return []
 
 
@@ -88,9 +96,12 @@ def build_schedule(optimizer: torch.optim.Optimizer, config: RunConfig) -> torch
     optim = config.optim
     if optim.schedule == "wsd":
         return optimization.get_wsd_schedule(
-            optimizer, optim.warmup_steps, config.wsd_decay_steps, num_training_steps=config.max_steps,
+            optimizer,
+            optim.warmup_steps,
+            config.wsd_decay_steps,
+            num_training_steps=config.max_steps,
             min_lr_ratio=optim.min_lr_ratio,
-        )  # fmt: skip
+        )
     if optim.schedule == "cosine":
         return optimization.get_cosine_with_min_lr_schedule_with_warmup(
             optimizer, optim.warmup_steps, config.max_steps, min_lr_rate=optim.min_lr_ratio

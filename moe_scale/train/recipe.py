@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from moe_scale.config import RunConfig, Scale
 from moe_scale.errors import ConfigError, Problem, exit_on_config_error, raise_if
 from moe_scale.moe.backends.support import unsupported
@@ -77,6 +79,7 @@ def main(recipe: Recipe, argv: Sequence[str] | None = None) -> None:
         from moe_scale.train.loop import train
 
         train(job)
+        dist.destroy_process_group()
 
 
 def prepare_job(recipe: Recipe, argv: list[str]) -> Job:
@@ -92,9 +95,12 @@ def prepare_job(recipe: Recipe, argv: list[str]) -> Job:
     if machine_scale not in recipe.scales:
         machine_scale = next(iter(recipe.scales))
     settings = read_settings(
-        recipe.config_class, {k: dict(v) for k, v in recipe.scales.items()}, argv, machine_scale=machine_scale,
+        recipe.config_class,
+        {k: dict(v) for k, v in recipe.scales.items()},
+        argv,
+        machine_scale=machine_scale,
         recipe=recipe.name,
-    )  # fmt: skip
+    )
     config = settings.config
     if config.deepspeed_config and not Path(config.deepspeed_config).expanduser().exists():
         # The scales name files of the checkout, whatever folder the recipe is started from.
@@ -126,21 +132,38 @@ def _resume(job: Job) -> tuple[Path | None, list[Problem]]:
     config, run_dir = job.config, Path(job.config.output_dir).expanduser()
     if config.resume == "never":
         if (run_dir / "run.json").exists() or (run_dir / "metrics.jsonl").exists():
-            return None, [Problem("output_dir", f"{run_dir} already holds a run",
-                                  "continue it with --resume auto, or choose another --output_dir",
-                                  this_host_only=True)]  # fmt: skip
+            return None, [
+                Problem(
+                    "output_dir",
+                    f"{run_dir} already holds a run",
+                    "continue it with --resume auto, or choose another --output_dir",
+                    this_host_only=True,
+                )
+            ]
         return None, []
     found = checkpoint.newest(run_dir)
     if found is None:
         if config.resume == "must":
-            return None, [Problem("resume", f"{run_dir} holds no complete checkpoint",
-                                  "use --resume auto to start anew", this_host_only=True)]  # fmt: skip
+            return None, [
+                Problem(
+                    "resume",
+                    f"{run_dir} holds no complete checkpoint",
+                    "use --resume auto to start anew",
+                    this_host_only=True,
+                )
+            ]
         return None, []
     try:
         step = checkpoint.describe(found)["step"]
         if step >= config.max_steps:
-            return found, [Problem("max_steps", f"{config.max_steps}, but {found.name} is already there",
-                                   f"choose more than {step}", this_host_only=True)]  # fmt: skip
+            return found, [
+                Problem(
+                    "max_steps",
+                    f"{config.max_steps}, but {found.name} is already there",
+                    f"choose more than {step}",
+                    this_host_only=True,
+                )
+            ]
         return found, checkpoint.layout_problems(found, job.layout)
     except ConfigError as error:
         return None, error.problems

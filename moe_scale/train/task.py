@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
 from moe_scale.errors import Problem
 from moe_scale.parallel.groups import ParallelGroups
+
+
+class Batches(Protocol):
+    """An endless iterator of batches that can save and restore its position."""
+
+    def __next__(self) -> Any: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 class Task(abc.ABC):
@@ -41,8 +51,8 @@ class Task(abc.ABC):
     def build_model(self, groups: ParallelGroups) -> nn.Module: ...
 
     @abc.abstractmethod
-    def batches(self) -> Iterator[Any]:
-        """The endless training batches of this rank; with ``state_dict`` and ``load_state_dict``."""
+    def batches(self) -> Batches:
+        """The endless training batches of this rank."""
 
     @abc.abstractmethod
     def forward(self, engine: Any, batch: Any) -> Any:

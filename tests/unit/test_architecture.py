@@ -22,6 +22,7 @@ LAYERS = (
     ("errors",),
     ("config",),
     ("settings",),
+    ("initialization",),
     ("parallel",),
     ("moe",),
     ("models",),

@@ -73,7 +73,7 @@ class AutoEPMoE(nn.Module):
         y_BSD = self.block(x_BSD)
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
         # AutoEP keeps its scores to itself. Asking its router again costs E of about 6*K*F products a token.
-        router = self.block.router
+        router: Any = self.block.router
         logits_TE = router(x_TD) if isinstance(router, Router) else router.gate(x_TD).float()
         valid_T = None if valid_BS is None else valid_BS.reshape(-1)
         routing = softmax_top_k(logits_TE, config.top_k, renormalize=config.renormalize)

@@ -20,7 +20,7 @@ from moe_scale.config import MoEConfig
 from moe_scale.initialization import Init
 from moe_scale.moe.experts import expert_stds
 from moe_scale.moe.layer import MoEStats, make_stats
-from moe_scale.moe.router import softmax_top_k
+from moe_scale.moe.router import Router, softmax_top_k
 from moe_scale.parallel.groups import ParallelGroups
 from moe_scale.parallel.zero import mark_expert_parameters
 
@@ -30,28 +30,55 @@ class _Gate(TopKGate):
 
     def __init__(self, config: MoEConfig, d_model: int, init: Init):
         super().__init__(
-            d_model, config.num_experts, config.top_k, config.capacity_factor, config.eval_capacity_factor,
-            config.min_capacity, drop_tokens=config.dispatch == "capacity",
-            use_rts=False, top2_2nd_expert_sampling=False,  # random choices, on by default; a comparison needs none
-        )  # fmt: skip
-        init.normal_(self.wg.weight, d_model**-0.5)
+            d_model,
+            config.num_experts,
+            config.top_k,
+            config.capacity_factor,
+            config.eval_capacity_factor,
+            config.min_capacity,
+            drop_tokens=config.dispatch == "capacity",
+            use_rts=False,
+            top2_2nd_expert_sampling=False,  # random choices, on by default; a comparison needs none
+        )
+        self.wg = Router(d_model, config.num_experts, init)  # the seeded weight; the gate reads wg.weight alone
 
-    def forward(self, input: Tensor, used_token: Any = None, sparse_routes: bool = False, use_tutel: bool = False) -> Any:
-        logits_TE = F.linear(input.float(), self.wg.weight.float())
+    def forward(
+        self, input: Tensor, used_token: Any = None, sparse_routes: bool = False, use_tutel: bool = False
+    ) -> Any:
+        logits_TE = self.wg(input)
         factor = self.capacity_factor if self.training else self.eval_capacity_factor
         if self.k == 1:
             routes = top1gating(
-                logits_TE, factor, self.min_capacity, used_token, None, self.drop_tokens, self.use_rts, self.ep_group,
-                sparse_routes, use_tutel,
-            )  # fmt: skip
+                logits_TE,
+                factor,
+                self.min_capacity,
+                used_token,
+                None,
+                self.drop_tokens,
+                self.use_rts,
+                self.ep_group,
+                sparse_routes,
+                use_tutel,
+            )
         elif self.k == 2:
             routes = top2gating(
-                logits_TE, factor, self.min_capacity, self.drop_tokens, self.ep_group, self.top2_2nd_expert_sampling,
+                logits_TE,
+                factor,
+                self.min_capacity,
+                self.drop_tokens,
+                self.ep_group,
+                self.top2_2nd_expert_sampling,
                 sparse_routes,
-            )  # fmt: skip
+            )
         else:
             routes = topkgating(
-                logits_TE, self.k, factor, self.min_capacity, self.drop_tokens, self.ep_group, sparse_routes=sparse_routes
+                logits_TE,
+                self.k,
+                factor,
+                self.min_capacity,
+                self.drop_tokens,
+                self.ep_group,
+                sparse_routes=sparse_routes,
             )
         return ((logits_TE, routes[3]), *routes[1:])
 
@@ -101,8 +128,11 @@ class DeepSpeedMoE(nn.Module):
         self.layer = MOELayer(
             _Gate(config, d_model, init / "router"),
             _Experts(config, d_model, groups, init / "experts", depth_scale),
-            f"ep_size_{groups.ep_size}", groups.ep_size, config.num_experts // groups.ep_size, use_tutel=_tutel(),
-        )  # fmt: skip
+            f"ep_size_{groups.ep_size}",
+            groups.ep_size,
+            config.num_experts // groups.ep_size,
+            use_tutel=_tutel(),
+        )
         if groups.ep_size > 1:
             self.layer._set_ep_group(groups.expert)
 

