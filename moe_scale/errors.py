@@ -48,7 +48,10 @@ class ConfigError(Exception):
 
     def __init__(self, problems: Problem | Iterable[Problem]):
         self.problems = [problems] if isinstance(problems, Problem) else list(problems)
-        super().__init__("\n".join(map(str, self.problems)))
+        super().__init__(self.problems)  # as an argument, so that the error survives pickling between processes
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.problems))
 
 
 def raise_if(problems: list[Problem]) -> None:
