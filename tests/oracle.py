@@ -67,7 +67,7 @@ def dense_moe(
     weights_TK = chosen_probs_TK / chosen_probs_TK.sum(dim=-1, keepdim=True) if rescale else chosen_probs_TK
 
     measure_TK = chosen_probs_TK if as_deepspeed else weights_TK
-    kept_TK = kept_choices(ids_TK, measure_TK, valid_T, rows_per_expert, drop_policy)
+    kept_TK = kept_choices(ids_TK, measure_TK.detach(), valid_T, rows_per_expert, drop_policy)
     kept_weights_TK = weights_TK * kept_TK
     if as_deepspeed and rescale:
         kept_share_T1 = kept_weights_TK.sum(dim=-1, keepdim=True)

@@ -45,7 +45,7 @@ def detect() -> Device:
     found = accelerator()
     kind = found.device_name()
     if kind == "cpu":
-        return Device("cpu", _cpu_name(), bf16=True, fp16=found.is_fp16_supported())
+        return Device("cpu", _cpu_name(), bf16=True, fp16=bool(found.is_fp16_supported()))
     return Device(
         kind, torch.get_device_module(kind).get_device_name(), found.is_bf16_supported(), found.is_fp16_supported()
     )

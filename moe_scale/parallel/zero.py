@@ -106,6 +106,19 @@ def expert_group_name(parameter: Parameter) -> str:
     return str(getattr(parameter, "group_name", "")) if is_expert_parallel(parameter) else ""
 
 
+def set_expert_group(moe_layer: Any, groups: ParallelGroups) -> None:
+    """Give a ``deepspeed.moe`` ``MOELayer`` its expert-parallel group, as ``deepspeed.moe.layer.MoE`` would."""
+    if groups.ep_size > 1:
+        moe_layer._set_ep_group(groups.expert)
+
+
+def has_tutel() -> bool:
+    """Whether Tutel is importable, whose kernels ``deepspeed.moe`` can use."""
+    from deepspeed.moe import sharded_moe
+
+    return bool(sharded_moe.TUTEL_INSTALLED)
+
+
 @contextlib.contextmanager
 def sharded_construction(ds_json: Mapping[str, Any], *, enabled: bool) -> Iterator[None]:
     """Build modules inside this context with their parameters sharded as soon as each ``__init__`` returns."""

@@ -22,7 +22,7 @@ from moe_scale.moe.experts import expert_stds
 from moe_scale.moe.layer import MoEStats, make_stats
 from moe_scale.moe.router import Router, softmax_top_k
 from moe_scale.parallel.groups import ParallelGroups
-from moe_scale.parallel.zero import mark_expert_parameters
+from moe_scale.parallel.zero import has_tutel, mark_expert_parameters, set_expert_group
 
 
 class _Gate(TopKGate):
@@ -131,10 +131,9 @@ class DeepSpeedMoE(nn.Module):
             f"ep_size_{groups.ep_size}",
             groups.ep_size,
             config.num_experts // groups.ep_size,
-            use_tutel=_tutel(),
+            use_tutel=has_tutel(),
         )
-        if groups.ep_size > 1:
-            self.layer._set_ep_group(groups.expert)
+        set_expert_group(self.layer, groups)
 
     def forward(self, x_BSD: Tensor, valid_BS: Tensor | None = None) -> tuple[Tensor, MoEStats]:
         config, layer = self.config, self.layer
@@ -147,10 +146,3 @@ class DeepSpeedMoE(nn.Module):
         lost_KT = routes_KT < 0
         dropped = lost_KT.sum() if valid_T is None else (lost_KT & valid_T).sum()
         return y_BSD, make_stats(routing, config.num_experts, dropped, valid_T)
-
-
-def _tutel() -> bool:
-    """Whether Tutel's kernels are there for DeepSpeed to use."""
-    from deepspeed.moe import sharded_moe
-
-    return bool(sharded_moe.TUTEL_INSTALLED)
