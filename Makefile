@@ -1,5 +1,5 @@
 # make install   create .venv and install everything into it (again only if pyproject.toml or the samples change)
-# make train     train the default recipe on this machine: make train ARGS="--max_steps 50"
+# make train     train lm_16l at this machine's scale, into a new folder below runs/: make train ARGS="--max_steps 50"
 # make test      all tests but those in tests/cluster: make test ARGS="tests/unit -k router"
 # make lint      ruff check, ruff format --check, mypy
 # make clean     remove caches and build leftovers; keeps .venv and runs
@@ -10,6 +10,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 ARGS ?=
+RUN ?= runs/lm_16l-$(shell date +%Y%m%d-%H%M%S)
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -42,7 +43,7 @@ $(BIN)/pip:
 # DeepSpeed starts the ranks with the Python that runs its launcher, and compiles its own parts with the ninja that it
 # finds on PATH: the venv comes first there.
 train: $(INSTALLED)
-	PATH="$$(cd "$(BIN)" && pwd):$$PATH" "$(BIN)/deepspeed" recipes/lm_16l.py $(ARGS)
+	PATH="$$(cd "$(BIN)" && pwd):$$PATH" "$(BIN)/deepspeed" --log_level error recipes/lm_16l.py --output_dir "$(RUN)" $(ARGS)
 
 test: $(INSTALLED)
 	PATH="$$(cd "$(BIN)" && pwd):$$PATH" "$(BIN)/python" -m pytest $(ARGS)

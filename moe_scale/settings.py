@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import re
+import reprlib
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -76,14 +78,17 @@ def read_settings(
     given, from_file, extras = _read_sources(config_class, scales, argv, machine_scale, recipe, problems)
 
     scale = given.get("scale", from_file.get("scale", machine_scale))
-    if scale not in scales:
-        problems.append(Problem("scale", f"{scale!r}", f"choose one of {', '.join(scales)}"))
+    if not isinstance(scale, str) or scale not in scales:
+        problems.append(Problem("scale", _quote(scale), f"choose one of {', '.join(scales)}"))
         scale = machine_scale
-    base = {"scale": scale, "output_dir": f"runs/{recipe}"}
-    nested = _merge(base, scales.get(typing.cast(Scale, scale), {}), from_file, _nest(given), {"scale": scale})
+    base = _merge(scales.get(typing.cast(Scale, scale), {}), {"scale": scale})
+    config, type_problems = _validate(config_class, base, _merge(base, from_file, _nest(given), {"scale": scale}))
+    config = dataclasses.replace(config, output_dir=config.output_dir.replace("{recipe}", recipe))
 
-    config, type_problems = _validate(config_class, nested)
-    return Settings(config, problems + type_problems + config.problems(), extras["print_config"])
+    # A value that could not be read was replaced by its default: what that one contradicts is no news to the user.
+    unread = {problem.where for problem in type_problems}
+    conflicts = [p for p in config.problems() if not any(path in str(p) for path in unread)]
+    return Settings(config, problems + type_problems + conflicts, extras["print_config"])
 
 
 def to_yaml(config: RunConfig) -> str:
@@ -100,11 +105,38 @@ def to_dict(config: Any) -> Nested:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+_MISSING = "\0"
+"""Stands for the value of a flag that was given without one; no command line can hold it."""
+
+
 class _Parser(argparse.ArgumentParser):
     """Collects a usage error as a :class:`Problem` instead of printing it and leaving."""
 
     def error(self, message: str) -> typing.NoReturn:
         raise ConfigError(Problem("command line", message, "see --help"))
+
+
+class _Loader(yaml.BaseLoader):
+    """YAML in which every scalar but null is text, as on the command line, so that both are read by the same rules.
+
+    YAML's own types would make ``wandb: off`` a boolean, ``1e-3`` text and ``010`` eight. A key given twice is an
+    error: one of the two values would be lost.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"{_quote(key.value)} is given twice", problem_mark=key.start_mark
+                )
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else None)
+        return super().construct_mapping(node, deep)
+
+
+_NULL = "tag:yaml.org,2002:null"
+_Loader.add_implicit_resolver(_NULL, re.compile("(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""])
+_Loader.add_constructor(_NULL, lambda loader, node: None)
 
 
 def _read_sources(
@@ -116,13 +148,11 @@ def _read_sources(
     problems: list[Problem],
 ) -> tuple[dict[str, Any], Nested, dict[str, Any]]:
     """The settings given on the command line (dotted), those of the YAML file (nested), and the other options."""
-    scout = _Parser(add_help=False, allow_abbrev=False)
-    scout.add_argument("--scale", choices=SCALES, default=machine_scale)
-    try:
-        help_scale = scout.parse_known_args(argv)[0].scale
-    except ConfigError:
-        help_scale = machine_scale  # reported below, with everything else
-    parser = _build_parser(config_class, scales.get(help_scale, {}), help_scale, recipe)
+    every = list(leaves(config_class))
+    argv = _join_values(argv, {"--config", *(f"--{leaf.path}" for leaf in every if not _is_list(leaf))})
+    help_scale = next((word.partition("=")[2] for word in reversed(argv) if word.startswith("--scale=")), "")
+    shown = next((scale for scale in SCALES if scale == help_scale), machine_scale)
+    parser = _build_parser(config_class, scales.get(shown, {}), shown, recipe)
     try:
         known, unknown = parser.parse_known_args(argv)
     except ConfigError as error:
@@ -130,15 +160,40 @@ def _read_sources(
         return {}, {}, {"print_config": False}
     given = vars(known)
     extras = {name: given.pop(name) for name in ("config", "print_config", "local_rank")}
+    for path in [path for path, value in given.items() if value == _MISSING]:
+        problems.append(Problem(f"--{path}", "given without a value", f"write --{path} VALUE or --{path}=VALUE"))
+        del given[path]
 
-    paths = [leaf.path for leaf in leaves(config_class)]
-    for word in unknown:
-        if word.startswith("--"):
-            problems.append(_unknown(word.split("=")[0].lstrip("-"), paths, "on the command line", dashes="--"))
-        elif not unknown[max(unknown.index(word) - 1, 0)].startswith("--"):
-            problems.append(Problem("command line", f"unexpected word {word!r}", "every setting is --name value"))
-    from_file = _read_yaml(extras["config"], problems) if extras["config"] else {}
-    return given, from_file, extras
+    paths = [leaf.path for leaf in every]
+    for before, word in zip(["", *unknown], unknown, strict=False):
+        if word.startswith("-") and word.strip("-"):
+            name = word.partition("=")[0]
+            problems.append(_unknown(name, name.lstrip("-"), paths, "on the command line", dashes="--"))
+        elif not before.startswith("-") or "=" in before:
+            problems.append(Problem("command line", f"unexpected word {_quote(word)}", "every setting is --name value"))
+    if extras["config"] == _MISSING:
+        problems.append(Problem("--config", "given without a file", "write --config FILE"))
+    elif extras["config"] is not None:
+        return given, _known_settings(config_class, _read_yaml(extras["config"], problems), problems), extras
+    return given, {}, extras
+
+
+def _join_values(argv: Sequence[str], flags: set[str]) -> list[str]:
+    """``--name value`` as ``--name=value``, so that argparse takes ``-1e-3`` and ``-hello`` for values too."""
+    joined: list[str] = []
+    for word in [*argv, "--"]:
+        if not joined or joined[-1] not in flags:
+            joined.append(word)
+        elif word.startswith("--"):
+            joined[-1] += f"={_MISSING}"
+            joined.append(word)
+        else:
+            joined[-1] += f"={word}"
+    return joined[:-1]
+
+
+def _is_list(leaf: Leaf) -> bool:
+    return typing.get_origin(leaf.annotation) is tuple
 
 
 def _build_parser(config_class: type, scale_values: Nested, scale: Scale, recipe: str) -> argparse.ArgumentParser:
@@ -151,7 +206,7 @@ def _build_parser(config_class: type, scale_values: Nested, scale: Scale, recipe
     )
     parser.add_argument("--config", metavar="FILE", default=None, help="YAML file of settings")
     parser.add_argument("--print_config", action="store_true", help="print the resolved settings as YAML and stop")
-    parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)  # given by DeepSpeed's launcher
+    parser.add_argument("--local_rank", nargs="?", help=argparse.SUPPRESS)  # given by DeepSpeed's launcher
     groups: dict[str, Any] = {}
     for leaf in leaves(config_class):
         section = leaf.path.rpartition(".")[0]
@@ -160,11 +215,12 @@ def _build_parser(config_class: type, scale_values: Nested, scale: Scale, recipe
         default = _lookup(scale_values, leaf.path, f"runs/{recipe}" if leaf.path == "output_dir" else leaf.default)
         if leaf.path == "scale":
             default = f"{scale} here"
-        is_list = typing.get_origin(leaf.annotation) is tuple
+        # A list may be given in several pieces; of a single value the last one counts.
+        how: dict[str, Any] = {"nargs": "*", "action": "extend"} if _is_list(leaf) else {}
         groups[section].add_argument(
             f"--{leaf.path}",
             default=argparse.SUPPRESS,
-            nargs="*" if is_list else None,
+            **how,
             metavar=_metavar(leaf.annotation),
             help=f"{leaf.help} [{_show(default)}]".replace("%", "%%"),
         )
@@ -192,51 +248,100 @@ def _show(value: Any) -> str:
 
 
 def _read_yaml(name: str, problems: list[Problem]) -> Nested:
-    path = Path(name).expanduser()
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        problems.append(Problem("config", f"cannot read {name}: {error.strerror}", this_host_only=True))
-        return {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        where = getattr(error, "problem_mark", None)
-        line = f" at line {where.line + 1}" if where else ""
-        problems.append(Problem("config", f"{name} is not valid YAML{line}: {getattr(error, 'problem', error)}"))
-        return {}
-    if not isinstance(loaded, dict | None):
-        problems.append(
-            Problem("config", f"{name} holds a {type(loaded).__name__}", "it must hold settings: 'name: value'")
-        )
-        return {}
-    return loaded or {}
+        loaded = yaml.load(Path(name).expanduser().read_text(encoding="utf-8-sig"), _Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" at line {mark.line + 1}" if mark else ""
+        what = getattr(error, "problem", None) or str(error).splitlines()[0]
+        problems.append(Problem("config", f"{name} is not valid YAML{line}: {what}", this_host_only=True))
+    except UnicodeDecodeError as error:
+        problems.append(Problem("config", f"{name} is no text: byte {error.start} is not UTF-8", this_host_only=True))
+    except RecursionError:
+        problems.append(Problem("config", f"{name} is nested too deeply", this_host_only=True))
+    except (OSError, ValueError, RuntimeError) as error:  # the last two: a NUL in the name, ~ of an unknown user
+        why = getattr(error, "strerror", None) or error
+        problems.append(Problem("config", f"cannot read {name or repr(name)}: {why}", this_host_only=True))
+    else:
+        if isinstance(loaded, dict) or not loaded:
+            return loaded or {}
+        kind = "list" if isinstance(loaded, list) else "single value"
+        problems.append(Problem("config", f"{name} holds a {kind}", "it must hold settings: 'name: value'"))
+    return {}
 
 
-def _validate(config_class: type[C], nested: Nested) -> tuple[C, list[Problem]]:
+def _known_settings(config_class: type, loaded: Nested, problems: list[Problem], section: str = "") -> Nested:
+    """What ``loaded`` sets, without unknown names and without sections and values in each other's place."""
+    paths = [leaf.path for leaf in leaves(config_class)]
+    sections = {path.rpartition(".")[0] for path in paths}
+    known: Nested = {}
+    for key, value in loaded.items():
+        name = str(key)
+        path = section + name
+        if path in sections and name and "." not in name:
+            if isinstance(value, dict):
+                known[name] = _known_settings(config_class, value, problems, f"{path}.")
+            elif value is not None:  # a section whose lines are all commented out holds nothing
+                example = next(p for p in paths if p.startswith(f"{path}.")).rpartition(".")[2]
+                problems.append(
+                    Problem(path, f"{_quote(value)}, but it is a section", f"write {path}: {{{example}: ...}}")
+                )
+        elif path in paths and "." not in name:
+            if isinstance(value, dict):
+                problems.append(Problem(path, f"{_quote(value)}, but it is no section", f"write {path}: value"))
+            else:
+                known[name] = value
+        elif path in paths:
+            nested = name.replace(".", ": {") + ": ..." + "}" * name.count(".")
+            problems.append(Problem(path, "a dot in a YAML name", f"write it nested: {nested}"))
+        else:
+            problems.append(_unknown(path, path, paths, "in the YAML file"))
+    return known
+
+
+def _validate(config_class: type[C], defaults: Nested, nested: Nested) -> tuple[C, list[Problem]]:
     """Build the configuration; values that do not fit are reported and replaced by their defaults."""
     adapter = TypeAdapter(config_class)
-    paths = [leaf.path for leaf in leaves(config_class)]
     try:
         return adapter.validate_python(nested), []
     except ValidationError as error:
         problems = []
+        paths = {leaf.path for leaf in leaves(config_class)}
         for item in error.errors():
-            loc = tuple(str(part) for part in item["loc"])
-            if item["type"] == "unexpected_keyword_argument":
-                problems.append(_unknown(".".join(loc), paths, "in the settings"))
-            else:
-                allowed = item["msg"].removeprefix("Input ").split(", unable to parse")[0]
-                problems.append(Problem(".".join(loc), f"{item['input']!r}", allowed))
-            _remove(nested, loc)
-        return _validate(config_class, nested)[0], problems
+            loc = [str(part) for part in item["loc"]]
+            while ".".join(loc) not in paths:  # an item of a list
+                loc.pop()
+            path = ".".join(loc)
+            allowed = _ALLOWED.get(item["type"]) or item["msg"].removeprefix("Input ").split(", unable to")[0]
+            problems.append(Problem(path, _quote(item["input"]), allowed))
+            _set(nested, path, _lookup(defaults, path, _REMOVE))
+        return _validate(config_class, defaults, nested)[0], list(dict.fromkeys(problems))
 
 
-def _unknown(path: str, known: list[str], source: str, dashes: str = "") -> Problem:
+_REMOVE = object()
+_ALLOWED = {
+    "bool_parsing": "should be true or false",
+    "bool_type": "should be true or false",
+    "int_parsing_size": "should be a number of fewer digits",
+    "string_type": "should be text",
+    "tuple_type": "should be a list",
+}
+"""What pydantic says of these errors in words of its own."""
+
+
+def _quote(value: Any) -> str:
+    """The value as Python would write it, shortened in its middle where it is long."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 100
+    return short.repr(value)
+
+
+def _unknown(where: str, path: str, known: list[str], source: str, dashes: str = "") -> Problem:
     close = difflib.get_close_matches(path, known, n=1, cutoff=0.5)
     by_leaf = [p for p in known if p.rpartition(".")[2] == path.rpartition(".")[2]]
     hint = next(iter(by_leaf + close), None)
-    return Problem(
-        dashes + path, f"no such setting {source}", f"did you mean {dashes}{hint}?" if hint else "see --help"
-    )
+    what = f"no such setting {source}"
+    return Problem(where or "''", what, f"did you mean {dashes}{hint}?" if hint else "see --help")
 
 
 def _nest(dotted: Mapping[str, Any]) -> Nested:
@@ -270,12 +375,13 @@ def _lookup(nested: Nested, path: str, default: Any) -> Any:
     return node
 
 
-def _remove(nested: Nested, loc: tuple[str, ...]) -> None:
-    """Take the value at ``loc`` out; where the path leads into a list or a scalar, take out what holds it."""
+def _set(nested: Nested, path: str, value: Any) -> None:
+    """Put ``value`` at ``path``, or take out what is there if it is ``_REMOVE``."""
+    *sections, name = path.split(".")
     node: Any = nested
-    for part in loc[:-1]:
-        if not isinstance(node.get(part), dict):
-            node.pop(part, None)
-            return
-        node = node[part]
-    node.pop(loc[-1], None)
+    for section in sections:
+        node = node[section]
+    if value is _REMOVE:
+        node.pop(name, None)
+    else:
+        node[name] = value

@@ -9,6 +9,14 @@ from moe_scale.config import LMConfig
 from moe_scale.train.language_model import LanguageModelTask
 from moe_scale.train.recipe import Recipe, main
 
+# The model of the GPU scales is the dataclasses' defaults. 20,000 steps are 5 to 10 billion tokens.
+LARGE = {
+    "max_steps": 20_000,
+    "save_every": 1000,
+    "data": {"seq_len": 2048},
+    "optim": {"lr": 4e-4, "warmup_steps": 1000},
+}
+
 RECIPE = Recipe(
     name="lm_16l",
     config_class=LMConfig,
@@ -17,16 +25,21 @@ RECIPE = Recipe(
         # Everything the large model has, in a size that two CPU cores train in minutes.
         "cpu": {
             "deepspeed_config": "ds_configs/zero3_cpu.json",
-            "max_steps": 500,
-            "model": {"num_layers": 4, "d_model": 256, "num_heads": 8, "num_kv_heads": 4},
+            "max_steps": 300,
+            "model": {"num_layers": 4, "d_model": 256, "num_heads": 8, "num_kv_heads": 4, "loss_chunk_tokens": 2048},
             "moe": {"num_experts": 16, "intermediate_size": 128},
             "data": {"seq_len": 256},
-            "optim": {"lr": 2e-3, "warmup_steps": 50},
-            "eval": {"every": 250, "max_tokens": 65_536},
+            "optim": {"lr": 3e-3, "warmup_steps": 30},
+            "eval": {"every": 150, "max_tokens": 32_768},
         },
-        "1gpu": {"deepspeed_config": "ds_configs/zero3_1gpu.json"},
-        "1node": {"deepspeed_config": "ds_configs/zero3_1node.json", "moe": {"ep_size": 8}},
-        "multinode": {"deepspeed_config": "ds_configs/zero3_multinode.json", "moe": {"ep_size": 8}, "resume": "auto"},
+        "1gpu": {"deepspeed_config": "ds_configs/zero3_1gpu.json", **LARGE},
+        "1node": {"deepspeed_config": "ds_configs/zero3_1node.json", **LARGE, "moe": {"ep_size": 8}},
+        "multinode": {
+            "deepspeed_config": "ds_configs/zero3_multinode.json",
+            **LARGE,
+            "moe": {"ep_size": 8},
+            "resume": "auto",
+        },
     },
 )
 

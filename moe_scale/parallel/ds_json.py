@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import difflib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,32 +28,51 @@ _OWNED = {
     "tensorboard": "use --telemetry.tensorboard",
     "wandb": "use --telemetry.wandb",
 }
-_KNOWN = {
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-    "gradient_clipping",
-    "prescale_gradients",
-    "gradient_predivide_factor",
+_SECTIONS = {
     "zero_optimization",
     "bf16",
     "fp16",
     "data_types",
     "aio",
-    "zero_allow_untested_optimizer",
-    "zero_force_ds_cpu_optimizer",
-    "communication_data_type",
     "comms_logger",
-    "steps_per_print",
-    "wall_clock_breakdown",
-    "memory_breakdown",
-    "dump_state",
     "flops_profiler",
     "timers",
     "checkpoint",
     "nebula",
     "csv_monitor",
     "compile",
+}
+_SWITCHES = {
+    "prescale_gradients",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    "dump_state",
+}
+_NUMBERS = {"gradient_clipping": 0, "gradient_predivide_factor": 1, "steps_per_print": 1}
+"""Each with the least that it can be."""
+_BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+_KNOWN = _SECTIONS | _SWITCHES | _NUMBERS.keys() | {*_BATCH, "communication_data_type"}
+_PRECISION = {
+    "bf16": {
+        "enabled",
+        "immediate_grad_update",
+        "check_grad_overflow",
+        "bf16_master_weights_and_grads",
+        "bf16_optimizer_states",
+    },
+    "fp16": {
+        "enabled",
+        "auto_cast",
+        "loss_scale",
+        "initial_scale_power",
+        "loss_scale_window",
+        "hysteresis",
+        "consecutive_hysteresis",
+        "min_loss_scale",
+        "fp16_master_weights_and_grads",
+    },
 }
 
 
@@ -91,13 +111,14 @@ def plan(config: RunConfig, launch: Launch, device: Device) -> tuple[DeepSpeedPl
     for key, instead in _OWNED.items():
         if key in raw:
             problems.append(Problem(f"{where}: {key}", "this section contradicts the run's own settings", instead))
-    for key in raw.keys() - _KNOWN - _OWNED.keys():
+    for key in sorted(raw.keys() - _KNOWN - _OWNED.keys()):
         close = difflib.get_close_matches(key, _KNOWN, n=1)
         problems.append(
             Problem(f"{where}: {key}", "unknown key", f"did you mean {close[0]}?" if close else "remove it")
         )
 
-    zero = _section(raw, "zero_optimization", problems)
+    problems += _value_problems(raw)
+    zero = _section(raw, "zero_optimization")
     stage = zero.get("stage", 0)
     if not isinstance(stage, int) or isinstance(stage, bool) or not 0 <= stage <= 3:
         problems.append(Problem(f"{where}: zero_optimization.stage", f"{stage!r}", "choose 0, 1, 2 or 3"))
@@ -127,9 +148,10 @@ def _read(name: str, problems: list[Problem]) -> dict[str, Any]:
         problems.append(Problem(where, "no DeepSpeed JSON given", "for example ds_configs/zero3_1gpu.json"))
         return {}
     try:
-        raw = json.loads(Path(name).expanduser().read_text(encoding="utf-8"))
-    except OSError as error:
-        problems.append(Problem(where, f"cannot read {name}: {error.strerror}", this_host_only=True))
+        raw = json.loads(Path(name).expanduser().read_text(encoding="utf-8-sig"), object_pairs_hook=_without_duplicates)
+    except (OSError, RuntimeError) as error:  # RuntimeError: ~ of a user who has no home folder, or deep nesting
+        why = getattr(error, "strerror", None) or error
+        problems.append(Problem(where, f"cannot read {name}: {why}", this_host_only=True))
         return {}
     except ValueError as error:
         problems.append(Problem(where, f"{name} is not valid JSON: {error}", this_host_only=True))
@@ -140,15 +162,24 @@ def _read(name: str, problems: list[Problem]) -> dict[str, Any]:
     return raw
 
 
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, unless it has a key twice: one of the two values would be lost."""
+    keys = [key for key, _ in pairs]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ValueError(f"{key!r} is given twice")
+    return dict(pairs)
+
+
 def _override(raw: dict[str, Any], overrides: tuple[str, ...], problems: list[Problem]) -> None:
     for item in overrides:
         path, equals, text = item.partition("=")
-        if not equals or not path:
+        if not equals or not all(path.split(".")):
             problems.append(Problem("deepspeed_override", f"{item!r}", "write key=value, as zero_optimization.stage=2"))
             continue
         try:
             value = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             value = text
         *sections, name = path.split(".")
         node = raw
@@ -161,12 +192,23 @@ def _override(raw: dict[str, Any], overrides: tuple[str, ...], problems: list[Pr
             node[name] = value
 
 
-def _section(raw: dict[str, Any], name: str, problems: list[Problem]) -> dict[str, Any]:
+def _section(raw: dict[str, Any], name: str) -> dict[str, Any]:
     section = raw.get(name, {})
-    if isinstance(section, dict):
-        return section
-    problems.append(Problem(f"deepspeed_config: {name}", f"{section!r}", "it must be an object { }"))
-    return {}
+    return section if isinstance(section, dict) else {}  # anything else is one of _value_problems
+
+
+def _value_problems(raw: dict[str, Any]) -> list[Problem]:
+    """Known keys whose value is of the wrong kind."""
+    wrong: dict[str, str] = {}
+    wrong |= {key: "it must be an object { }" for key in _SECTIONS if not isinstance(raw.get(key, {}), dict)}
+    wrong |= {key: "choose true or false" for key in _SWITCHES if not isinstance(raw.get(key, True), bool)}
+    for key, least in _NUMBERS.items():
+        value = raw.get(key, least)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < math.inf:
+            wrong[key] = f"it must be a number from {least}"
+    if raw.get("communication_data_type", "fp32") not in ("fp32", "bf16", "fp16"):
+        wrong["communication_data_type"] = "choose fp32, bf16 or fp16"
+    return [Problem(f"deepspeed_config: {key}", f"{raw[key]!r}", wrong[key]) for key in raw if key in wrong]
 
 
 def _zero_section_problems(zero: dict[str, Any]) -> list[Problem]:
@@ -181,8 +223,8 @@ def _zero_section_problems(zero: dict[str, Any]) -> list[Problem]:
         return [
             Problem(
                 "deepspeed_config: zero_optimization." + ".".join(map(str, e["loc"])),
-                f"{e['input']!r}",
-                e["msg"].removeprefix("Input "),
+                "unknown key" if e["type"] == "extra_forbidden" else f"{e['input']!r}",
+                "remove it" if e["type"] == "extra_forbidden" else e["msg"].removeprefix("Input ").split(", unable")[0],
             )
             for e in error.errors()
             if e["loc"][:1] != ("stage",)
@@ -193,7 +235,20 @@ def _zero_section_problems(zero: dict[str, Any]) -> list[Problem]:
 
 
 def _precision(raw: dict[str, Any], device: Device, problems: list[Problem]) -> Precision:
-    enabled = {name: bool(_section(raw, name, problems).get("enabled", False)) for name in ("bf16", "fp16")}
+    enabled = {}
+    for name in ("bf16", "fp16"):
+        section = _section(raw, name)
+        problems += [
+            Problem(
+                f"deepspeed_config: {name}.{key}", "unknown key", f"choose one of {', '.join(sorted(_PRECISION[name]))}"
+            )
+            for key in section
+            if key not in _PRECISION[name]
+        ]
+        value = section.get("enabled", False)
+        if not isinstance(value, bool):
+            problems.append(Problem(f"deepspeed_config: {name}.enabled", f"{value!r}", "choose true or false"))
+        enabled[name] = value is True
     if all(enabled.values()):
         problems.append(
             Problem("deepspeed_config: bf16, fp16", "both are enabled", "enable one of them, or none for fp32")
@@ -217,7 +272,7 @@ def _batch(raw: dict[str, Any], launch: Launch, problems: list[Problem]) -> tupl
     """Micro-batch per rank and accumulation steps, from any two of DeepSpeed's three batch figures."""
     where = "deepspeed_config"
     figures: dict[str, int | None] = {}
-    for name in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+    for name in _BATCH:
         value = raw.get(name)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             problems.append(Problem(f"{where}: {name}", f"{value!r}", "it must be a whole number from 1"))
@@ -263,7 +318,7 @@ def _parallelism(config: RunConfig, stage: int, zero: dict[str, Any], launch: La
                 f"start a multiple of {moe.ep_size} ranks or lower moe.ep_size",
             )
         )
-    if moe.ep_size > 1 and zero.get("zero_hpz_partition_size", 1) > 1:
+    if moe.ep_size > 1 and zero.get("zero_hpz_partition_size", 1) != 1:
         found.append(
             Problem(
                 "deepspeed_config: zero_optimization.zero_hpz_partition_size",

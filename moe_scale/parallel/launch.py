@@ -8,7 +8,7 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from moe_scale.errors import ConfigError, Problem
+from moe_scale.errors import ConfigError, Problem, raise_if
 
 _BASE_PORT = 29500
 _PORT_RANGE = 2000
@@ -43,27 +43,37 @@ def detect(environ: Mapping[str, str] | None = None) -> Launch:
     """Read the launcher's variables. Does not change the environment.
 
     Raises:
-        ConfigError: if a launcher's variables are there but incomplete or not numbers.
+        ConfigError: if a launcher's variables are there but incomplete, not numbers, or contradict each other.
     """
     env = os.environ if environ is None else environ
     if "RANK" in env or "WORLD_SIZE" in env:
         rank, world = _number(env, "RANK"), _number(env, "WORLD_SIZE")
         local_rank = _number(env, "LOCAL_RANK", default=rank)
-        return Launch(
-            rank, world, local_rank, _number(env, "LOCAL_WORLD_SIZE", default=_local_world(env, world)), "env"
-        )
+        local_world = _number(env, "LOCAL_WORLD_SIZE", default=_local_world(env, world))
+        return _consistent(Launch(rank, world, local_rank, local_world, "env"))
     # A batch script sees SLURM_PROCID too; only a step that srun started has SLURM_STEP_NUM_TASKS.
     if "SLURM_STEP_NUM_TASKS" in env and "SLURM_PROCID" in env and _number(env, "SLURM_STEP_NUM_TASKS") > 0:
         world = _number(env, "SLURM_STEP_NUM_TASKS")
         tasks_here = env.get("SLURM_STEP_TASKS_PER_NODE", str(world))
-        return Launch(
-            _number(env, "SLURM_PROCID"),
-            world,
-            _number(env, "SLURM_LOCALID"),
-            _slurm_tasks_on_node(tasks_here, _number(env, "SLURM_NODEID", default=0)),
-            "srun",
-        )
+        local_world = _slurm_tasks_on_node(tasks_here, _number(env, "SLURM_NODEID", default=0))
+        rank, local_rank = _number(env, "SLURM_PROCID"), _number(env, "SLURM_LOCALID")
+        return _consistent(Launch(rank, world, local_rank, local_world, "srun"))
     return Launch(0, 1, 0, 1, "none")
+
+
+def _consistent(launch: Launch) -> Launch:
+    """``launch``, unless no job could have such ranks; they would wait for each other until a timeout."""
+    prefix, size = ("", "WORLD_SIZE") if launch.launcher == "env" else ("SLURM: ", "number of tasks")
+    problems = [
+        Problem(f"{prefix}{name}", f"{rank} does not fit a {local}{size} of {ranks}", "ranks count from 0")
+        for name, local, rank, ranks in (
+            ("rank", "", launch.rank, launch.world_size),
+            ("local rank", "local ", launch.local_rank, launch.local_world_size),
+        )
+        if not rank < ranks
+    ]
+    raise_if(problems)
+    return launch
 
 
 def export(launch: Launch) -> None:
@@ -79,7 +89,7 @@ def export(launch: Launch) -> None:
     if launch.launcher == "srun":
         os.environ.setdefault("MASTER_ADDR", _first_slurm_host(os.environ))
         # The same on every rank, and different for jobs and steps that share a node.
-        job, step = int(os.environ.get("SLURM_JOB_ID", 0)), int(os.environ.get("SLURM_STEP_ID", 0) or 0)
+        job, step = (_number(os.environ, name, default=0) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
         os.environ.setdefault("MASTER_PORT", str(_BASE_PORT + (job * 7 + step) % _PORT_RANGE))
     elif launch.launcher == "none":
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
@@ -87,20 +97,22 @@ def export(launch: Launch) -> None:
 
 
 def _first_slurm_host(env: Mapping[str, str]) -> str:
-    """The first host of a Slurm node list such as ``gpu[003-005,9],login1``."""
+    """The first host of a Slurm node list such as ``gpu[003-005,9],login1`` or ``rack[1-2]n[01-16]-ib``."""
     nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or "127.0.0.1"
-    match = re.match(r"([^,\[]+)(?:\[([^\],-]+))?", nodes)
-    return (match[1] + (match[2] or "")) if match else nodes
+    return re.sub(r"\[([^\],-]*)[^\]]*\]|,.*", r"\1", nodes)
 
 
 def _slurm_tasks_on_node(spec: str, node: int) -> int:
-    """Entry ``node`` of a Slurm count list such as ``2(x3),1``."""
-    counts: list[int] = []
+    """Entry ``node`` of a Slurm count list such as ``2(x3),1``; the last one where the list is shorter."""
+    count = 0
     for part in spec.split(","):
-        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
-        if match:
-            counts += [int(match[1])] * int(match[2] or 1)
-    return counts[min(node, len(counts) - 1)] if counts else 1
+        match = re.fullmatch(r"([0-9]+)(?:\(x([0-9]+)\))?", part.strip())
+        if not match:
+            raise ConfigError(Problem("SLURM_STEP_TASKS_PER_NODE", f"{spec!r}", "Slurm sets it to a list as 2(x3),1"))
+        count, node = int(match[1]), node - int(match[2] or 1)
+        if node < 0:
+            break
+    return count
 
 
 def _local_world(env: Mapping[str, str], world: int) -> int:
@@ -112,14 +124,12 @@ def _number(env: Mapping[str, str], name: str, default: int | None = None) -> in
     text = env.get(name)
     if text is None and default is not None:
         return default
-    if text is None or not text.isdigit():
-        raise ConfigError(
-            Problem(
-                name,
-                f"the environment variable is {text!r}",
-                "a launcher sets it to a number; unset RANK and WORLD_SIZE to run one process",
-            )
+    if text is None or not (text.isascii() and text.isdigit()):
+        what = "the environment variable is not set" if text is None else f"the environment variable is {text!r}"
+        remedy = (
+            "let srun start the ranks" if name.startswith("SLURM") else "unset RANK and WORLD_SIZE to run one process"
         )
+        raise ConfigError(Problem(name, what, f"a launcher sets it to a number; {remedy}"))
     return int(text)
 
 

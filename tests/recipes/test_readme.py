@@ -1,0 +1,86 @@
+"""The README's commands: those that a CPU can run are run, the others are checked against the machine they name."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moe_scale.parallel import device as devices
+from moe_scale.parallel import launch as launches
+from moe_scale.train.recipe import prepare_job
+from recipes.lm_16l import RECIPE
+from tests.ranks import REPO, free_port
+
+BLOCKS = re.findall(r"```bash\n(.*?)```", (REPO / "README.md").read_text(), flags=re.DOTALL)
+COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line.strip()]
+GPU_RANKS = {"--num_gpus 8": (8, 8), "hostfiles/2x8": (16, 8), "srun": (16, 8), "zero3_1gpu": (1, 1)}
+"""What marks a command as one for GPUs, and the ranks (in all, a node) that it starts."""
+
+
+def gpu_ranks(command: str) -> tuple[int, int] | None:
+    return next((ranks for mark, ranks in GPU_RANKS.items() if mark in command), None)
+
+
+FOR_GPUS = [c for c in COMMANDS if gpu_ranks(c)]
+FOR_CPU = [c for c in COMMANDS if not gpu_ranks(c)]
+
+
+def test_the_readme_has_commands_of_both_kinds() -> None:
+    assert len(FOR_GPUS) >= 4
+    assert len(FOR_CPU) >= 6
+    assert "make train" in FOR_CPU
+    assert "make test" in FOR_CPU
+
+
+@pytest.mark.parametrize("command", FOR_GPUS)
+def test_command_for_gpus_passes_every_check(command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    world_size, per_node = gpu_ranks(command) or (1, 1)
+    monkeypatch.setattr(launches, "detect", lambda: launches.Launch(0, world_size, 0, per_node, "env"))
+    monkeypatch.setattr(devices, "detect", lambda: devices.Device("cuda", "NVIDIA H100", bf16=True, fp16=True))
+    words = shlex.split(command)
+    recipe = next(n for n, word in enumerate(words) if word.startswith("recipes/"))
+    for word in words:
+        if word.startswith(("hostfiles/", "ds_configs/", "recipes/")):
+            assert (REPO / word).is_file(), word
+    job = prepare_job(RECIPE, [*words[recipe + 1 :], "--output_dir", str(tmp_path / "run")])
+    assert job.config.scale == ("1gpu" if world_size == 1 else "1node" if world_size == per_node else "multinode")
+    assert job.plan.json["train_batch_size"] % world_size == 0
+
+
+@pytest.mark.parametrize("command", FOR_CPU)
+def test_command_for_a_cpu_runs(command: str, tiny_flags: list[str], tmp_path: Path) -> None:
+    flags = shlex.join([*tiny_flags, "--max_steps", "2", "--output_dir", str(tmp_path / "run")])
+    if "--print_config" in command:
+        flags = ""
+    if command.startswith("make"):
+        # The installation that these tests run in serves; what is left is what the target does with it.
+        venv = Path(sys.prefix)
+        (tmp_path / "installed").touch()
+        make = f"make -C {REPO} VENV={venv} INSTALLED={tmp_path / 'installed'} -o {tmp_path / 'installed'}"
+        if command == "make test":
+            command, flags = f"{make} -n test", ""
+        else:
+            given = re.search(r'ARGS="([^"]*)"', command)
+            command, flags = f"{make} train ARGS={shlex.quote(((given[1] + ' ') if given else '') + flags)}", ""
+    command = re.sub(r"^(deepspeed|torchrun) ", rf"\1 --master_port {free_port()} ", command)
+    environ = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+    }
+    environ = {name: value for name, value in environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+    done = subprocess.run(
+        f"{command} {flags}", shell=True, cwd=REPO, env=environ, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "Traceback" not in done.stderr
+    if "recipes/" in command and "--print_config" not in command:
+        assert (tmp_path / "run" / "metrics.jsonl").is_file()
+    if command.startswith("make") and " train " in command:
+        assert "held-out loss" in done.stdout
+        assert "unigram entropy" in done.stdout

@@ -1,0 +1,133 @@
+"""What the settings find wrong with themselves, class by class."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moe_scale.config import DecoderConfig, LMConfig, MoEConfig, OptimConfig, TextDataConfig, divisors
+
+
+def text(found: list[Any]) -> list[str]:
+    return [str(problem) for problem in found]
+
+
+def test_defaults_have_no_problems() -> None:
+    assert LMConfig().problems() == []
+    assert MoEConfig().problems("moe") == []
+    assert DecoderConfig().problems("model") == []
+    assert TextDataConfig().problems("data") == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"top_k": 9, "num_experts": 8}, ["moe.top_k: 9 > moe.num_experts = 8; choose 1 to 8"]),
+        ({"top_k": 8, "num_experts": 8}, []),
+        ({"top_k": 1, "num_experts": 1}, []),
+        (
+            {"ep_size": 3, "num_experts": 8},
+            ["moe.ep_size: 3 does not divide moe.num_experts = 8; choose one of [1, 2, 4, 8]"],
+        ),
+        (
+            {"ep_size": 16, "num_experts": 8},
+            ["moe.ep_size: 16 does not divide moe.num_experts = 8; choose one of [1, 2, 4, 8]"],
+        ),
+        ({"ep_size": 8, "num_experts": 8}, []),
+        ({"top_k": 9, "num_experts": 8, "ep_size": 3, "enabled": False}, []),
+    ],
+)  # fmt: skip
+def test_moe(changes: dict[str, Any], expected: list[str]) -> None:
+    assert text(MoEConfig(**changes).problems("moe")) == expected
+
+
+def test_moe_reports_both_at_once() -> None:
+    assert len(MoEConfig(top_k=9, num_experts=8, ep_size=3).problems("here")) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "where", "allowed"),
+    [
+        ({"d_model": 100, "num_heads": 16}, "model.num_heads", "choose one of [1, 2, 4, 5, 10, 20, 25, 50, 100]"),
+        ({"d_model": 48, "num_heads": 16}, "model.head_dim", "choose an even width"),
+        ({"head_dim": 63}, "model.head_dim", "choose an even width"),
+        ({"num_heads": 16, "num_kv_heads": 3}, "model.num_kv_heads", "choose one of [1, 2, 4, 8, 16]"),
+        ({"num_heads": 16, "num_kv_heads": 32}, "model.num_kv_heads", "choose one of [1, 2, 4, 8, 16]"),
+    ],
+)
+def test_decoder(changes: dict[str, Any], where: str, allowed: str) -> None:
+    (found,) = DecoderConfig(**changes).problems("model")
+    assert found.where == where
+    assert allowed in found.allowed
+
+
+def test_a_head_dim_frees_the_number_of_heads() -> None:
+    config = DecoderConfig(d_model=100, num_heads=16, head_dim=64)
+    assert config.problems("model") == []
+    assert config.head_width == 64
+    assert DecoderConfig(d_model=128, num_heads=4, num_kv_heads=2).head_width == 32
+
+
+def test_decoder_reports_both_at_once() -> None:
+    assert len(DecoderConfig(d_model=100, num_heads=16, num_kv_heads=3).problems("model")) == 2
+
+
+def test_text_data() -> None:
+    (found,) = TextDataConfig(holdout_fraction=0.0).problems("data")
+    assert found.where == "data.holdout_fraction"
+
+
+@pytest.mark.parametrize(
+    ("optim", "max_steps", "where"),
+    [
+        (OptimConfig(schedule="cosine", warmup_steps=10), 10, ["optim.warmup_steps"]),
+        (OptimConfig(schedule="cosine", warmup_steps=9), 10, []),
+        (OptimConfig(schedule="cosine", warmup_steps=0), 1, []),
+        (OptimConfig(schedule="constant", warmup_steps=100), 10, []),
+        (OptimConfig(schedule="wsd", warmup_steps=8, decay_steps=2), 10, []),
+        (OptimConfig(schedule="wsd", warmup_steps=8, decay_steps=3), 10, ["optim.decay_steps"]),
+        (OptimConfig(schedule="wsd", warmup_steps=9), 10, ["optim.decay_steps"]),
+        (OptimConfig(schedule="wsd", warmup_steps=8), 10, []),
+        (OptimConfig(schedule="wsd", warmup_steps=10), 10, ["optim.warmup_steps", "optim.decay_steps"]),
+        (OptimConfig(schedule="cosine", warmup_steps=1, decay_steps=99), 10, []),
+    ],
+)
+def test_schedules(optim: OptimConfig, max_steps: int, where: list[str]) -> None:
+    found = LMConfig(optim=optim, max_steps=max_steps).problems()
+    assert [problem.where for problem in found] == where
+
+
+def test_wsd_decays_over_a_fifth_unless_told() -> None:
+    assert LMConfig(max_steps=11).wsd_decay_steps == 3
+    assert LMConfig(max_steps=1).wsd_decay_steps == 1
+    assert LMConfig(max_steps=11, optim=OptimConfig(decay_steps=7)).wsd_decay_steps == 7
+
+
+def test_some_layer_is_sparse() -> None:
+    config = LMConfig(model=DecoderConfig(num_layers=4), moe=MoEConfig(every=5))
+    (found,) = config.problems()
+    assert str(found).startswith("moe.every: 5 > model.num_layers = 4")
+    assert replace(config, moe=MoEConfig(every=4)).problems() == []
+    assert replace(config, moe=MoEConfig(every=5, enabled=False)).problems() == []
+
+
+def test_problems_of_all_sections_at_once() -> None:
+    config = LMConfig(
+        max_steps=5,
+        moe=MoEConfig(top_k=9, num_experts=8, ep_size=3, every=99),
+        model=DecoderConfig(num_heads=7, num_kv_heads=3),
+        data=TextDataConfig(holdout_fraction=0.0),
+    )
+    assert {problem.where for problem in config.problems()} == {
+        "moe.top_k", "moe.ep_size", "moe.every", "optim.warmup_steps", "model.num_heads", "model.num_kv_heads",
+        "data.holdout_fraction",
+    }  # fmt: skip
+
+
+@given(st.integers(1, 5000))
+def test_divisors(n: int) -> None:
+    assert divisors(n) == [d for d in range(1, n + 1) if n % d == 0]
