@@ -51,7 +51,29 @@ class MoEConfig(Strict):
     num_experts: PositiveInt = setting(64, "experts per layer (E)")
     top_k: PositiveInt = setting(2, "experts that each token is sent to (K)")
     intermediate_size: PositiveInt = setting(512, "hidden width of one expert (F)")
+    activation: Literal["swiglu", "gelu", "relu"] = setting("swiglu", "of the experts; swiglu is gated, the others not")
+    expert_bias: bool = setting(False, "biases in the experts' two maps")
+    shared_intermediate_size: NonNegativeInt = setting(
+        0, "hidden width of a shared expert that every token passes as well (arXiv 2401.06066); 0 means none"
+    )
+    residual: bool = setting(
+        False, "Residual MoE (arXiv 2201.05596): mix a dense feed-forward and the experts by a learned softmax"
+    )
     every: PositiveInt = setting(1, "every n-th layer is sparse, counted from the end of each group of n; 1 = all")
+    router: Literal["softmax", "noisy", "sigmoid", "expert_choice", "hash"] = setting(
+        "softmax",
+        "softmax; noisy (top-k of noised scores, arXiv 1701.06538); sigmoid (balanced by a selection bias instead of a "
+        "loss, arXiv 2408.15664); expert_choice (experts pick tokens, arXiv 2202.09368); hash (fixed, 2106.04426)",
+    )
+    router_temperature: PositiveFloat = setting(1.0, "the router's scores are divided by it")
+    router_init_scale: PositiveFloat = setting(1.0, "factor on the initial router weights; Switch uses 0.1")
+    router_jitter: Fraction = setting(
+        0.0, "in training the router's input is multiplied by U(1 - j, 1 + j); Switch: 0.01"
+    )
+    expert_dropout: Fraction = setting(0.0, "dropout inside the experts; Switch uses 0.4 in fine-tuning")
+    bias_update_rate: NonNegativeFloat = setting(
+        0.001, "router sigmoid: after a step each expert's selection bias moves by this much towards an even load"
+    )
     renormalize: bool = setting(True, "rescale each token's K routing weights to sum to 1 (no effect for top_k 1)")
     dispatch: Literal["dropless", "capacity"] = setting(
         "dropless",
@@ -68,6 +90,10 @@ class MoEConfig(Strict):
         "probable",
     )
     aux_loss_weight: NonNegativeFloat = setting(0.001, "weight of the load-balancing loss E * sum_e f_e * P_e")
+    aux_loss_scope: Literal["micro_batch", "sequence", "global"] = setting(
+        "micro_batch",
+        "whose load is balanced: one rank's micro-batch, each sequence, or the micro-batches of all ranks",
+    )
     z_loss_weight: NonNegativeFloat = setting(0.001, "weight of the router z-loss mean(logsumexp(logits)^2)")
     ep_size: PositiveInt = setting(1, "ranks that share one copy of the experts (expert parallelism)")
 
@@ -89,6 +115,22 @@ class MoEConfig(Strict):
                     f"{where}.ep_size",
                     f"{self.ep_size} does not divide {where}.num_experts = {self.num_experts}",
                     f"choose one of {divisors(self.num_experts)}",
+                )
+            )
+        if self.residual and self.shared_intermediate_size:
+            found.append(
+                Problem(
+                    f"{where}.residual",
+                    f"true with {where}.shared_intermediate_size = {self.shared_intermediate_size}",
+                    "choose a Residual MoE or a shared expert",
+                )
+            )
+        if self.router == "expert_choice" and self.dispatch != "capacity":
+            found.append(
+                Problem(
+                    f"{where}.router",
+                    f"expert_choice with {where}.dispatch = {self.dispatch}",
+                    f"experts choose as many tokens as they have capacity: set {where}.dispatch capacity",
                 )
             )
         return found
@@ -264,6 +306,10 @@ class RunConfig(Strict):
             )
         return found
 
+    def remarks(self) -> list[str]:
+        """What is allowed but a user should know, one sentence each; printed when the run starts."""
+        return []
+
     @property
     def wsd_decay_steps(self) -> int:
         return self.optim.decay_steps or math.ceil(self.max_steps / 5)
@@ -285,6 +331,15 @@ class LMConfig(RunConfig):
                     f"{self.moe.every} > model.num_layers = {self.model.num_layers}: no layer is sparse",
                     f"choose 1 to {self.model.num_layers}, or moe.enabled false",
                 )
+            )
+        return found
+
+    def remarks(self) -> list[str]:
+        found = super().remarks()
+        if self.moe.enabled and self.moe.router == "expert_choice":
+            found.append(
+                "moe.router expert_choice looks at later tokens of a sequence to decide on earlier ones: a decoder's "
+                "loss is then too good, and text generated token by token is routed differently"
             )
         return found
 

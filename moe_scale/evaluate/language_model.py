@@ -10,6 +10,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from moe_scale.parallel.collectives import sum_over_ranks
+
 
 class LMScores(NamedTuple):
     """Scores of held-out text, over all ranks."""
@@ -81,14 +83,14 @@ def score(
                 sinks.append(output.sink_share.double().cpu())
 
     num_layers = len(sinks[0]) if sinks else 0
-    counted = _sum_over_ranks(torch.tensor([nats, float(len(sinks))], dtype=torch.float64), device)
-    frequency_V = _sum_over_ranks(frequency_V, device)
+    counted = _summed(torch.tensor([nats, float(len(sinks))], dtype=torch.float64), device)
+    frequency_V = _summed(frequency_V, device)
     total_nats, sink_batches = counted[0].item(), counted[1].item()
     sink_share = []
     if sink_batches:
         layers = int(_max_over_ranks(num_layers, device))
         mine = torch.stack(sinks).sum(dim=0) if sinks else torch.zeros(layers, dtype=torch.float64)
-        sink_share = (_sum_over_ranks(mine, device) / sink_batches).tolist()
+        sink_share = (_summed(mine, device) / sink_batches).tolist()
 
     tokens = frequency_V.sum().item()
     shares = frequency_V / max(tokens, 1.0)
@@ -104,12 +106,9 @@ def score(
     )
 
 
-def _sum_over_ranks(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+def _summed(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The float64 sum over ranks, on the host."""
-    values = values.double().to(device)
-    if dist.is_initialized():
-        dist.all_reduce(values)
-    return values.cpu()
+    return sum_over_ranks(values.double().to(device)).cpu()
 
 
 def _max_over_ranks(value: float, device: torch.device) -> float:

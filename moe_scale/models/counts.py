@@ -56,11 +56,17 @@ def _params(model: DecoderConfig, moe: MoEConfig, experts_counted: int) -> Count
     gates = {"none": 0, "headwise": heads, "elementwise": heads * width}[model.attention_gate]
     attention = d_model * (heads + 2 * kv_heads) * width + heads * width * d_model + d_model * gates
     sparse = sum(is_sparse(moe, layer) for layer in range(model.num_layers))
+    scores = {"hash": 0, "noisy": 2}.get(moe.router, 1)
+    matrices = 3 if moe.activation == "swiglu" else 2
+    expert = matrices * d_model * moe.intermediate_size
+    if moe.expert_bias:
+        expert += (matrices - 1) * moe.intermediate_size + d_model
     return Counts(
         embedding=model.vocab_size * d_model,
         attention=model.num_layers * attention,
-        router=sparse * d_model * moe.num_experts,
-        experts=sparse * experts_counted * 3 * d_model * moe.intermediate_size,
-        dense_ffn=(model.num_layers - sparse) * 3 * d_model * dense_hidden(moe),
+        router=sparse * d_model * (moe.num_experts * scores + 2 * moe.residual),
+        experts=sparse * experts_counted * expert,
+        dense_ffn=(model.num_layers - sparse) * 3 * d_model * dense_hidden(moe)
+        + sparse * matrices * d_model * (moe.intermediate_size if moe.residual else moe.shared_intermediate_size),
         norms=model.num_layers * (2 * d_model + 2 * width) + d_model,
     )

@@ -53,14 +53,20 @@ class DecoderLayer(nn.Module):
             self.ffn = DenseFeedForward(config.d_model, dense_hidden, init / "ffn", depth_scale)
 
     def forward(
-        self, x_BSD: Tensor, rope: Rope, mask: Tensor | None, valid_BS: Tensor | None, want_sink: bool = False
+        self,
+        x_BSD: Tensor,
+        ids_BS: Tensor,
+        rope: Rope,
+        mask: Tensor | None,
+        valid_BS: Tensor | None,
+        want_sink: bool = False,
     ) -> tuple[Tensor, MoEStats | None, Tensor | None]:
         attended, sink = self.attention(self.attention_norm(x_BSD), rope, mask, want_sink)
         x_BSD = x_BSD + attended
         normed = self.ffn_norm(x_BSD)
         if hasattr(self, "ffn"):
             return x_BSD + self.ffn(normed), None, sink
-        y_BSD, stats = self.moe(normed, valid_BS)
+        y_BSD, stats = self.moe(normed, valid_BS, ids_BS)
         return x_BSD + y_BSD, stats, sink
 
 
@@ -118,7 +124,7 @@ class DecoderLM(nn.Module):
         stats, sinks = [], []
         recompute = self.config.activation_checkpointing and torch.is_grad_enabled()
         for layer in self.layers:
-            inputs = (x_BSD, rope, mask, valid_BS, want_sink)
+            inputs = (x_BSD, ids_BS, rope, mask, valid_BS, want_sink)
             x_BSD, layer_stats, sink = checkpoint(layer, *inputs, use_reentrant=False) if recompute else layer(*inputs)
             stats += [] if layer_stats is None else [layer_stats]
             sinks += [] if sink is None else [sink]
@@ -143,5 +149,7 @@ def is_sparse(moe: MoEConfig, layer: int) -> bool:
 
 
 def dense_hidden(moe: MoEConfig) -> int:
-    """Hidden width of a dense feed-forward with the active FLOPs of the sparse one: K experts' worth."""
-    return moe.top_k * moe.intermediate_size
+    """Hidden width of a dense SwiGLU feed-forward with the active FLOPs of the sparse layer, dense half included."""
+    width = moe.top_k * moe.intermediate_size
+    width += moe.intermediate_size if moe.residual else moe.shared_intermediate_size
+    return width if moe.activation == "swiglu" else round(width * 2 / 3)  # two matrices where SwiGLU has three

@@ -1,8 +1,8 @@
 """Step 2, plan the dispatch: the order in which token copies go to the experts, and which are dropped.
 
-Shapes: T tokens, K experts per token, E experts, N = T*K routed rows, C rows of capacity an expert.
-Row n = t*K + k is choice k of token t. The plan is a permutation of the rows, sorted by expert; nothing is moved
-here, so that an exchange between ranks or a fused kernel can use the same plan.
+Shapes: T tokens, K experts per token, E experts, C tokens per expert, N rows that go to an expert.
+The plan names, for each row sorted by expert, the token that it copies; nothing is moved here, so that an exchange
+between ranks or a fused kernel can use the same plan.
 """
 
 from __future__ import annotations
@@ -18,16 +18,18 @@ DropPolicy = Literal["position", "probability"]
 
 
 class DispatchPlan(NamedTuple):
-    """Where each routed row goes."""
+    """Which token goes to which expert, as rows sorted by expert."""
 
-    order_N: Tensor
-    """int64 rows sorted by expert, token order within an expert; rows that go nowhere come last."""
+    token_N: Tensor
+    """int64 token that each row copies."""
     counts_E: Tensor
-    """int64 rows that each expert receives."""
-    num_rows: int
-    """How many of ``order_N`` go to an expert (N unless something is dropped or padded)."""
+    """int64 rows that each expert receives, summing to N."""
+    weight_N: Tensor
+    """Factor of each row's output in its token's sum; carries the router's gradient."""
+    place_TK: Tensor | None
+    """int64 row of each token's choices, N for a choice that goes nowhere; None where experts choose tokens."""
     dropped: Tensor
-    """int64 scalar: rows of real tokens that found no place."""
+    """int64 scalar: (token, choice) pairs of real tokens that found no place."""
 
 
 def capacity(num_tokens: int, top_k: int, num_experts: int, factor: float, minimum: int) -> int:
@@ -66,34 +68,57 @@ def plan_dispatch(
         over_N = (place_N >= rows_per_expert) & (ids_N != nowhere)
         dropped = over_N.sum()
         ids_N = torch.where(over_N, nowhere, ids_N)
-    order_N = ids_N.argsort(stable=True)
+    order = ids_N.argsort(stable=True)
     counts_E = torch.bincount(ids_N, minlength=num_experts + 1)[:num_experts]
-    # Reading a count back would make the host wait for the device, so it is done only when it can differ from N.
-    can_differ = rows_per_expert is not None or valid_T is not None
-    num_rows = int(counts_E.sum()) if can_differ else ids_N.numel()
-    return DispatchPlan(order_N, counts_E, num_rows, dropped)
+    # Reading a count back makes the host wait for the device, so it is done only when some pair can go nowhere.
+    some_stay = rows_per_expert is not None or valid_T is not None
+    num_rows = int(counts_E.sum()) if some_stay else ids_N.numel()
+    place = torch.empty_like(order)
+    place[order] = torch.arange(order.numel(), device=order.device).clamp(max=num_rows)
+    order = order[:num_rows]
+    top_k = ids_TK.shape[1]
+    return DispatchPlan(order // top_k, counts_E, weights_TK.flatten()[order], place.view_as(ids_TK), dropped)
 
 
-def gather_rows(x_TD: Tensor, plan: DispatchPlan, top_k: int) -> Tensor:
-    """The tokens' copies in the plan's order: [num_rows, D]."""
-    return x_TD.index_select(0, plan.order_N[: plan.num_rows] // top_k)
-
-
-def combine_rows(y_ND: Tensor, plan: DispatchPlan, weights_TK: Tensor) -> Tensor:
-    """Step 5, combine: each token's sum of its experts' outputs times its weights, added up in fp32 or wider.
+def plan_expert_choice(
+    tokens_EC: Tensor, weights_EC: Tensor, top_k: int, num_tokens: int, valid_T: Tensor | None = None
+) -> DispatchPlan:
+    """The plan of a decision by the experts. A real token that none took counts as ``top_k`` dropped pairs.
 
     Args:
-        y_ND: the experts' outputs in the plan's order, [num_rows, D]. A row that went nowhere adds nothing.
-        weights_TK: fp32 routing weights.
+        tokens_EC: int64 tokens that each expert takes.
+        weights_EC: their weights.
+        top_k: experts that a token has on average.
+        num_tokens: T.
+        valid_T: False for padding.
     """
-    num_tokens, top_k = weights_TK.shape
-    place_N = torch.empty_like(plan.order_N)
-    place_N[plan.order_N] = torch.arange(plan.order_N.numel(), device=place_N.device)
-    missing = plan.order_N.numel() - plan.num_rows
-    rows_ND = F.pad(y_ND, (0, 0, 0, missing)) if missing else y_ND
-    chosen_TKD = rows_ND.index_select(0, place_N).view(num_tokens, top_k, -1)
-    # Not an einsum: this is a hot path, and a sum over a K of one to eight is elementwise work.
-    return (chosen_TKD * weights_TK.unsqueeze(-1)).sum(dim=1).to(y_ND.dtype)
+    token_N = tokens_EC.flatten()
+    missed_T = token_N.new_ones(num_tokens, dtype=torch.bool).index_fill(0, token_N, False)
+    if valid_T is not None:
+        missed_T = missed_T & valid_T
+    counts_E = token_N.new_full((len(tokens_EC),), tokens_EC.shape[1])
+    return DispatchPlan(token_N, counts_E, weights_EC.flatten(), None, top_k * missed_T.sum())
+
+
+def gather_rows(x_TD: Tensor, plan: DispatchPlan) -> Tensor:
+    """The tokens' copies in the plan's order: x_ND."""
+    return x_TD.index_select(0, plan.token_N)
+
+
+def combine_rows(y_ND: Tensor, plan: DispatchPlan, num_tokens: int) -> Tensor:
+    """Step 5, combine: each token's weighted sum of its experts' outputs, added up in fp32 or wider. Returns y_TD.
+
+    A token whose rows all went nowhere gets 0.
+    """
+    weighted_ND = y_ND * plan.weight_N.unsqueeze(1)
+    if plan.place_TK is None:
+        total_TD = weighted_ND.new_zeros(num_tokens, y_ND.shape[1]).index_add(0, plan.token_N, weighted_ND)
+    else:
+        # A gather where index_add would do: its order of addition is fixed, so a run repeats to the bit.
+        if plan.place_TK.numel() > len(y_ND):
+            weighted_ND = F.pad(weighted_ND, (0, 0, 0, 1))
+        total_TD = weighted_ND.index_select(0, plan.place_TK.flatten()).view(*plan.place_TK.shape, -1).sum(dim=1)
+    return total_TD.to(y_ND.dtype)
 
 
 def _place_within_expert(ids_TK: Tensor, weights_TK: Tensor, num_experts: int, policy: DropPolicy) -> Tensor:

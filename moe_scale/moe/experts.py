@@ -1,6 +1,7 @@
-"""Step 4, run the experts: SwiGLU feed-forwards with stacked weights.
+"""Step 4, run the experts: feed-forwards with stacked weights.
 
-Shapes: L experts on this rank, D model width, F expert hidden width, R rows sorted by expert.
+Shapes: L experts on this rank, D model width, F expert hidden width, R rows sorted by expert; I = 2F for a gated
+activation, else F.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe_scale.config import MoEConfig
 from moe_scale.initialization import Init
 from moe_scale.moe.kernels.grouped_linear import grouped_linear
 from moe_scale.parallel.groups import ParallelGroups
@@ -20,24 +22,35 @@ def expert_stds(d_model: int, hidden: int, depth_scale: float) -> tuple[float, f
     return d_model**-0.5, depth_scale * hidden**-0.5
 
 
+def activate(hidden_RI: Tensor, activation: str) -> Tensor:
+    """The nonlinearity between an expert's two maps. Returns [R, F]."""
+    if activation == "swiglu":
+        gate_RF, up_RF = hidden_RI.chunk(2, dim=-1)
+        return F.silu(gate_RF) * up_RF
+    return F.gelu(hidden_RI) if activation == "gelu" else F.relu(hidden_RI)
+
+
 class Experts(nn.Module):
-    """down(silu(gate(x)) * up(x)) for each local expert (arXiv 2002.05202, SwiGLU without biases).
+    """down(activation(up(x))) for each local expert; by default SwiGLU (arXiv 2002.05202) without biases.
 
     Weights are stacked, one tensor for all experts of the rank: one gather brings them all under ZeRO-3, and no rank
     can skip a gather because none of its tokens went to some expert.
 
     Attributes:
-        gate_up: [L, 2F, D]; the first F rows of an expert are the gate.
+        gate_up: [L, I, D]; with SwiGLU the first F rows of an expert are the gate.
         down: [L, D, F].
+        gate_up_bias, down_bias: [L, I] and [L, D], or None.
     """
 
-    def __init__(
-        self, d_model: int, hidden: int, num_experts: int, groups: ParallelGroups, init: Init, depth_scale: float = 1.0
-    ):
+    def __init__(self, config: MoEConfig, d_model: int, groups: ParallelGroups, init: Init, depth_scale: float = 1.0):
         super().__init__()
-        local = groups.local_experts(num_experts)
-        self.gate_up = nn.Parameter(torch.empty(len(local), 2 * hidden, d_model))
+        self.activation, self.dropout = config.activation, config.expert_dropout
+        hidden, local = config.intermediate_size, groups.local_experts(config.num_experts)
+        inner = 2 * hidden if config.activation == "swiglu" else hidden
+        self.gate_up = nn.Parameter(torch.empty(len(local), inner, d_model))
         self.down = nn.Parameter(torch.empty(len(local), d_model, hidden))
+        self.gate_up_bias = nn.Parameter(torch.zeros(len(local), inner)) if config.expert_bias else None
+        self.down_bias = nn.Parameter(torch.zeros(len(local), d_model)) if config.expert_bias else None
         std_in, std_out = expert_stds(d_model, hidden, depth_scale)
         for place, expert in enumerate(local):
             (init / expert / "gate_up").normal_(self.gate_up.data[place], std_in)
@@ -46,5 +59,31 @@ class Experts(nn.Module):
 
     def forward(self, x_RD: Tensor, counts_L: Tensor) -> Tensor:
         """Outputs of rows sorted by local expert. Returns y_RD."""
-        gate_RF, up_RF = grouped_linear(x_RD, self.gate_up, counts_L).chunk(2, dim=-1)
-        return grouped_linear(F.silu(gate_RF) * up_RF, self.down, counts_L)
+        hidden_RI = _with_bias(grouped_linear(x_RD, self.gate_up, counts_L), self.gate_up_bias, counts_L)
+        hidden_RF = activate(hidden_RI, self.activation)
+        if self.dropout:
+            hidden_RF = F.dropout(hidden_RF, self.dropout, self.training)
+        return _with_bias(grouped_linear(hidden_RF, self.down, counts_L), self.down_bias, counts_L)
+
+
+def _with_bias(y_RO: Tensor, bias_LO: Tensor | None, counts_L: Tensor) -> Tensor:
+    if bias_LO is None:
+        return y_RO
+    return y_RO + bias_LO.repeat_interleave(counts_L, dim=0, output_size=len(y_RO))
+
+
+class SharedExpert(nn.Module):
+    """One feed-forward that every token passes: the shared expert (arXiv 2401.06066), or Residual MoE's dense half."""
+
+    def __init__(self, d_model: int, hidden: int, activation: str, init: Init, depth_scale: float = 1.0):
+        super().__init__()
+        self.activation = activation
+        inner = 2 * hidden if activation == "swiglu" else hidden
+        self.gate_up = nn.Parameter(torch.empty(inner, d_model))
+        self.down = nn.Parameter(torch.empty(d_model, hidden))
+        std_in, std_out = expert_stds(d_model, hidden, depth_scale)
+        (init / "gate_up").normal_(self.gate_up, std_in)
+        (init / "down").normal_(self.down, std_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(activate(F.linear(x, self.gate_up), self.activation), self.down)

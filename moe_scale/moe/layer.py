@@ -1,6 +1,6 @@
 """The mixture-of-experts layer, in five steps: route, plan the dispatch, exchange, run the experts, combine.
 
-Shapes: B batch, S sequence, T = B*S tokens, D model width, E experts, K experts per token, N = T*K routed rows.
+Shapes: B batch, S sequence, T = B*S tokens, D model width, E experts, K experts per token, N routed rows.
 """
 
 from __future__ import annotations
@@ -12,11 +12,22 @@ from torch import Tensor, nn
 
 from moe_scale.config import MoEConfig
 from moe_scale.initialization import Init
-from moe_scale.moe import exchange
-from moe_scale.moe.dispatch import capacity, combine_rows, gather_rows, plan_dispatch
-from moe_scale.moe.experts import Experts
-from moe_scale.moe.losses import assignments_per_expert, load_balance_loss, router_z_loss, routing_entropy
-from moe_scale.moe.router import Router, Routing, softmax_top_k
+from moe_scale.moe import exchange, losses
+from moe_scale.moe.dispatch import DispatchPlan, capacity, combine_rows, gather_rows, plan_dispatch, plan_expert_choice
+from moe_scale.moe.experts import Experts, SharedExpert
+from moe_scale.moe.router import (
+    ExpertChoice,
+    Router,
+    Routing,
+    balanced_bias,
+    expert_choice,
+    hash_top_k,
+    jittered,
+    noisy_top_k,
+    sigmoid_top_k,
+    softmax_top_k,
+)
+from moe_scale.parallel.collectives import sum_over_ranks
 from moe_scale.parallel.groups import ParallelGroups
 
 
@@ -24,7 +35,7 @@ class MoEStats(NamedTuple):
     """What one layer reports of one micro-batch on this rank. The two losses are unweighted and carry gradients."""
 
     aux_loss: Tensor
-    """Load-balancing loss, 1 when even."""
+    """Load-balancing loss, 1 when even; 0 for routers that need none."""
     z_loss: Tensor
     """Router z-loss."""
     assignments_E: Tensor
@@ -35,58 +46,128 @@ class MoEStats(NamedTuple):
     """Routing entropy as a share of log E."""
 
 
-class MoELayer(nn.Module):
-    """Top-k mixture of SwiGLU experts, from scratch: the ``custom`` backend.
+class SparseLayer(nn.Module):
+    """What every backend shares: its interface, and the dense half of a layer that has one.
+
+    A shared expert (``shared_intermediate_size``) adds its output to the experts'; in a Residual MoE (``residual``)
+    the two are mixed by a softmax over two scores of the token.
+    """
+
+    def __init__(self, config: MoEConfig, d_model: int, init: Init, depth_scale: float):
+        super().__init__()
+        self.config = config
+        hidden = config.intermediate_size if config.residual else config.shared_intermediate_size
+        self.dense = SharedExpert(d_model, hidden, config.activation, init / "dense", depth_scale) if hidden else None
+        self.mix = Router(d_model, 2, init / "mix") if config.residual else None
+
+    def forward(
+        self, x_BSD: Tensor, valid_BS: Tensor | None = None, token_ids_BS: Tensor | None = None
+    ) -> tuple[Tensor, MoEStats]:
+        """Apply the layer.
+
+        Args:
+            x_BSD: hidden states.
+            valid_BS: bool, False for padding: such tokens are sent to no expert and count in no loss.
+            token_ids_BS: int64 ids of the tokens, which hash routing needs and nothing else.
+
+        Returns:
+            the layer's contribution to each token (from the experts 0 for a dropped one, which so passes by the
+            residual), and its :class:`MoEStats`.
+        """
+        y_BSD, stats, dense_BSD = self.run_experts(x_BSD, valid_BS, token_ids_BS)
+        if dense_BSD is not None:
+            if self.mix is not None:
+                share = self.mix(x_BSD).softmax(dim=-1).to(y_BSD.dtype)
+                return y_BSD * share[..., :1] + dense_BSD * share[..., 1:], stats
+            y_BSD = y_BSD + dense_BSD
+        return y_BSD, stats
+
+    def run_dense(self, x_BSD: Tensor) -> Tensor | None:
+        """The dense half's output, None without one. A backend calls it while its rows travel, or when it likes."""
+        return None if self.dense is None else self.dense(x_BSD)
+
+    def run_experts(
+        self, x_BSD: Tensor, valid_BS: Tensor | None, token_ids_BS: Tensor | None
+    ) -> tuple[Tensor, MoEStats, Tensor | None]:
+        """The experts' output, the statistics, and the result of :meth:`run_dense`."""
+        raise NotImplementedError
+
+
+class MoELayer(SparseLayer):
+    """A mixture of experts from scratch: the ``custom`` backend.
 
     Args:
         config: the layer's settings.
         d_model: D.
         groups: process groups; with ``ep_size`` > 1 this rank holds E/ep_size experts.
         init: seeds the weights by their paths.
-        depth_scale: factor on the initial standard deviation of the experts' output matrices.
+        depth_scale: factor on the initial standard deviation of the output matrices.
     """
 
+    selection_bias_E: Tensor
+    _keep_in_fp32_modules_strict = ("selection_bias_E",)  # DeepSpeed casts buffers to the training precision otherwise
+
     def __init__(self, config: MoEConfig, d_model: int, groups: ParallelGroups, init: Init, depth_scale: float = 1.0):
-        super().__init__()
-        self.config, self.groups = config, groups
-        self.router = Router(d_model, config.num_experts, init / "router")
-        self.experts = Experts(
-            d_model, config.intermediate_size, config.num_experts, groups, init / "experts", depth_scale
-        )
+        super().__init__(config, d_model, init, depth_scale)
+        self.groups = groups
+        if config.router != "hash":
+            self.router = Router(d_model, config.num_experts, init / "router", config.router_init_scale)
+        if config.router == "noisy":
+            self.noise = Router(d_model, config.num_experts, init / "noise", scale=0.0)
+        if config.router == "sigmoid":
+            self.register_buffer("selection_bias_E", torch.zeros(config.num_experts))
+        self.experts = Experts(config, d_model, groups, init / "experts", depth_scale)
 
-    def forward(self, x_BSD: Tensor, valid_BS: Tensor | None = None) -> tuple[Tensor, MoEStats]:
-        """Apply the layer.
-
-        Args:
-            x_BSD: hidden states.
-            valid_BS: bool, False for padding: such tokens are sent to no expert, count in no loss and get 0.
-
-        Returns:
-            the experts' contribution to each token (0 for a dropped one, which so passes by the residual), and the
-            layer's :class:`MoEStats`.
-        """
-        config, groups = self.config, self.groups
+    def run_experts(
+        self, x_BSD: Tensor, valid_BS: Tensor | None, token_ids_BS: Tensor | None
+    ) -> tuple[Tensor, MoEStats, Tensor | None]:
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
         valid_T = None if valid_BS is None else valid_BS.reshape(-1)
+        routing = self.route(x_TD, valid_T, token_ids_BS)
+        plan = self.plan(routing, len(x_TD), valid_T)
+        rows_ND = gather_rows(x_TD, plan)
+        if self.groups.ep_size == 1:
+            rows_ND = self.experts(rows_ND, plan.counts_E)
+            dense_BSD = self.run_dense(x_BSD)
+        else:
+            trip = exchange.plan_exchange(plan.counts_E, self.groups)
+            rows_RD, dense_BSD = exchange.to_experts(rows_ND, trip, self.groups, lambda: self.run_dense(x_BSD))
+            rows_ND = exchange.from_experts(self.experts(rows_RD, trip.counts_L), trip, self.groups)
+        y_TD = combine_rows(rows_ND, plan, len(x_TD))
+        return y_TD.view_as(x_BSD), make_stats(self.config, routing, plan.dropped, len(x_BSD), valid_T), dense_BSD
 
-        routing = softmax_top_k(self.router(x_TD), config.top_k, renormalize=config.renormalize)
-        plan = plan_dispatch(
+    def route(self, x_TD: Tensor, valid_T: Tensor | None, token_ids_BS: Tensor | None) -> Routing | ExpertChoice:
+        """Step 1: the decision of the router that the settings name."""
+        config = self.config
+        if config.router == "hash":
+            assert token_ids_BS is not None, "hash routing needs the token ids"
+            return hash_top_k(token_ids_BS.reshape(-1), config.num_experts, config.top_k)
+        if config.router_jitter and self.training:
+            x_TD = jittered(x_TD, config.router_jitter)
+        logits_TE = self.router(x_TD) / config.router_temperature
+        if config.router == "noisy":
+            return noisy_top_k(logits_TE, self.noise(x_TD), config.top_k, training=self.training)
+        if config.router == "sigmoid":
+            return sigmoid_top_k(logits_TE, self.selection_bias_E, config.top_k, renormalize=config.renormalize)
+        if config.router == "expert_choice":
+            factor = config.capacity_factor if self.training else config.eval_capacity_factor
+            tokens = capacity(len(x_TD), config.top_k, config.num_experts, factor, config.min_capacity)
+            return expert_choice(logits_TE, tokens, valid_T)
+        return softmax_top_k(logits_TE, config.top_k, renormalize=config.renormalize)
+
+    def plan(self, routing: Routing | ExpertChoice, num_tokens: int, valid_T: Tensor | None) -> DispatchPlan:
+        """Step 2: the rows that the decision gives."""
+        config = self.config
+        if isinstance(routing, ExpertChoice):
+            return plan_expert_choice(routing.tokens_EC, routing.weights_EC, config.top_k, num_tokens, valid_T)
+        return plan_dispatch(
             routing.ids_TK,
             routing.weights_TK,
             config.num_experts,
             valid_T=valid_T,
-            rows_per_expert=rows_per_expert(config, x_TD.shape[0], training=self.training),
+            rows_per_expert=rows_per_expert(config, num_tokens, training=self.training),
             drop_policy=config.drop_policy,
         )
-        rows_ND = gather_rows(x_TD, plan, config.top_k)
-        if groups.ep_size == 1:
-            rows_ND = self.experts(rows_ND, plan.counts_E)
-        else:
-            trip = exchange.plan_exchange(plan.counts_E, groups)
-            rows_RD = self.experts(exchange.to_experts(rows_ND, trip, groups), trip.counts_L)
-            rows_ND = exchange.from_experts(rows_RD, trip, groups)
-        y_TD = combine_rows(rows_ND, plan, routing.weights_TK)
-        return y_TD.view_as(x_BSD), make_stats(routing, config.num_experts, plan.dropped, valid_T)
 
 
 def rows_per_expert(config: MoEConfig, num_tokens: int, *, training: bool) -> int | None:
@@ -97,15 +178,47 @@ def rows_per_expert(config: MoEConfig, num_tokens: int, *, training: bool) -> in
     return capacity(num_tokens, config.top_k, config.num_experts, factor, config.min_capacity)
 
 
-def make_stats(routing: Routing, num_experts: int, dropped: Tensor, valid_T: Tensor | None) -> MoEStats:
-    """Losses and measures of one routing decision, the same for every backend."""
-    assignments_E = assignments_per_expert(routing.ids_TK, num_experts, valid_T)
+def make_stats(
+    config: MoEConfig, routing: Routing | ExpertChoice, dropped: Tensor, batch: int, valid_T: Tensor | None
+) -> MoEStats:
+    """Losses and measures of one routing decision, the same for every backend.
+
+    Args:
+        batch: sequences that the tokens form, for a loss by sequence.
+    """
+    probs_TE = routing.probs_TE
+    none = probs_TE.new_zeros(())
+    if isinstance(routing, ExpertChoice):  # even by construction
+        assignments_E, aux_loss = routing.weights_EC.count_nonzero(dim=1), none
+    else:
+        assignments_E = losses.assignments_per_expert(routing.ids_TK, config.num_experts, valid_T)
+        if config.router == "hash":  # nothing to learn
+            aux_loss = none
+        elif config.aux_loss_scope == "sequence":
+            aux_loss = losses.sequence_load_balance_loss(probs_TE, routing.ids_TK, batch, valid_T)
+        else:
+            load_E = sum_over_ranks(assignments_E) if config.aux_loss_scope == "global" else assignments_E
+            aux_loss = losses.load_balance_loss(probs_TE, load_E, valid_T)
     with torch.no_grad():
-        entropy = routing_entropy(routing.probs_TE, valid_T)
+        entropy = losses.routing_entropy(probs_TE, valid_T)
     return MoEStats(
-        aux_loss=load_balance_loss(routing.probs_TE, assignments_E, valid_T),
-        z_loss=router_z_loss(routing.logits_TE, valid_T),
+        aux_loss=aux_loss,
+        z_loss=none if config.router == "hash" else losses.router_z_loss(routing.logits_TE, valid_T),
         assignments_E=assignments_E.float(),
         dropped=dropped.float(),
         entropy=entropy.float(),
     )
+
+
+@torch.no_grad()
+def update_selection_biases(model: nn.Module, load_ME: Tensor, rate: float) -> None:
+    """Move every sigmoid router's selection bias towards an even load; once after each optimizer step.
+
+    Args:
+        load_ME: (token, choice) pairs given to each expert in the step, over all micro-batches and ranks, one row a
+            sparse layer in the order of ``model.modules()``.
+        rate: u.
+    """
+    layers = [m for m in model.modules() if isinstance(m, MoELayer) and m.config.router == "sigmoid"]
+    for layer, load_E in zip(layers, load_ME, strict=True):
+        layer.selection_bias_E.copy_(balanced_bias(layer.selection_bias_E, load_E, rate))

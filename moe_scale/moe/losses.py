@@ -1,4 +1,4 @@
-"""Losses and measures of the router. T tokens, E experts, K experts per token.
+"""Losses and measures of the router. T = B*S tokens in B sequences of S, E experts, K experts per token.
 
 Each takes ``valid_T`` (bool, True for real tokens) or None when all tokens are real; padding counts nowhere.
 """
@@ -13,8 +13,11 @@ from torch import Tensor
 
 def assignments_per_expert(ids_TK: Tensor, num_experts: int, valid_T: Tensor | None = None) -> Tensor:
     """How many (token, choice) pairs each expert was given, before any drop. Returns int64 counts_E."""
-    ids = ids_TK if valid_T is None else ids_TK[valid_T]
-    return torch.bincount(ids.flatten(), minlength=num_experts)
+    ids_N = ids_TK.flatten()
+    if valid_T is not None:
+        # Padding is counted in a bin of its own: selecting would make the host wait for the device.
+        ids_N = torch.where(valid_T.repeat_interleave(ids_TK.shape[1]), ids_N, num_experts)
+    return torch.bincount(ids_N, minlength=num_experts + 1)[:num_experts]
 
 
 def load_balance_loss(probs_TE: Tensor, assignments_E: Tensor, valid_T: Tensor | None = None) -> Tensor:
@@ -23,9 +26,28 @@ def load_balance_loss(probs_TE: Tensor, assignments_E: Tensor, valid_T: Tensor |
     f_e is the share of all T*K assignments that expert e was given, so that the f_e sum to 1 for any K and an even
     load gives exactly 1; P_e is the mean probability of expert e. Only P_e carries a gradient. Hugging Face's
     ``load_balancing_loss_func`` sums over the K choices instead of averaging, and so is K times this.
+
+    With the assignments of all ranks it balances the global load (arXiv 2501.11873): the loss is linear in P_e, so
+    the average of the ranks' losses is the loss of the joined batch.
     """
     share_E = assignments_E / assignments_E.sum().clamp(min=1)
     return probs_TE.shape[-1] * (share_E.to(probs_TE.dtype) * _mean_over_tokens(probs_TE, valid_T)).sum()
+
+
+def sequence_load_balance_loss(probs_TE: Tensor, ids_TK: Tensor, batch: int, valid_T: Tensor | None = None) -> Tensor:
+    """:func:`load_balance_loss` of each of the ``batch`` sequences, averaged over those that hold a real token.
+
+    Stricter than the batch's: a batch can be even while each of its sequences uses a few experts only.
+    """
+    num_experts, top_k = probs_TE.shape[1], ids_TK.shape[1]
+    weight_T = probs_TE.new_ones(len(probs_TE)) if valid_T is None else valid_T.to(probs_TE.dtype)
+    weight_BS = weight_T.view(batch, -1)
+    tokens_B = weight_BS.sum(dim=1)
+    chosen_TE = torch.zeros_like(probs_TE).scatter_(1, ids_TK, 1.0)
+    per_token = torch.stack([chosen_TE.detach() / top_k, probs_TE]) * weight_T.unsqueeze(1)
+    share_BE, mean_BE = per_token.view(2, batch, -1, num_experts).sum(dim=2) / tokens_B.clamp(min=1).unsqueeze(1)
+    loss_B = num_experts * (share_BE * mean_BE).sum(dim=1)
+    return loss_B.sum() / (tokens_B > 0).sum().clamp(min=1)
 
 
 def router_z_loss(logits_TE: Tensor, valid_T: Tensor | None = None) -> Tensor:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+
+from moe_scale.parallel.collectives import mean_over_ranks, sum_over_ranks
 
 
 class StepMeter:
@@ -39,13 +40,13 @@ class StepMeter:
         ``router/load_cv`` is the standard deviation of the experts' load over its mean, ``router/load_max`` the
         largest load over the mean; ``router/dropped`` the share of (token, choice) pairs that found no place.
         """
-        losses = _mean_over_ranks(torch.stack(self._losses).mean(dim=0))
+        losses = mean_over_ranks(torch.stack(self._losses).mean(dim=0))
         record: dict[str, Any] = dict(zip(("loss", "lm_loss", "aux_loss", "z_loss"), losses.tolist(), strict=True))
         if self._assignments_ME is not None:
             layers = torch.stack(self._layers)
-            entropy_M = _mean_over_ranks(layers[:, 0].mean(dim=0))
-            dropped_M = _sum_over_ranks(layers[:, 1].sum(dim=0))
-            load_ME = _sum_over_ranks(self._assignments_ME)
+            entropy_M = mean_over_ranks(layers[:, 0].mean(dim=0))
+            dropped_M = sum_over_ranks(layers[:, 1].sum(dim=0))
+            load_ME = sum_over_ranks(self._assignments_ME)
             mean_M = load_ME.mean(dim=1).clamp(min=1e-12)
             record |= {
                 "router/entropy": entropy_M.tolist(),
@@ -55,14 +56,3 @@ class StepMeter:
                 "router/tokens_per_expert": load_ME.long().tolist(),
             }
         return record
-
-
-def _sum_over_ranks(values: Tensor) -> Tensor:
-    values = values.clone()
-    if dist.is_initialized():
-        dist.all_reduce(values)
-    return values
-
-
-def _mean_over_ranks(values: Tensor) -> Tensor:
-    return _sum_over_ranks(values) / (dist.get_world_size() if dist.is_initialized() else 1)

@@ -8,12 +8,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from moe_scale.errors import ConfigError, Problem
+from moe_scale.moe.layer import update_selection_biases
 from moe_scale.parallel import device as devices
 from moe_scale.parallel import launch as launches
 from moe_scale.parallel import zero
+from moe_scale.parallel.collectives import sum_over_ranks
 from moe_scale.parallel.groups import ParallelGroups
 from moe_scale.settings import to_dict
 from moe_scale.telemetry.progress import Progress
@@ -60,6 +64,7 @@ def train(job: Job) -> None:
     throughput = Throughput(window=config.telemetry.every)
     parts = parameters_by_part(engine.module)
     scores: dict[str, Any] = {}
+    balances = config.moe.enabled and config.moe.router == "sigmoid"
     tokens_per_step = plan.micro_batch * plan.grad_accum * launch.world_size * task.tokens_per_sequence
     with logger, Progress(config.max_steps, enabled=launch.is_main, start_step=step) as progress:
         _announce(job, progress, tokens_per_step)
@@ -69,14 +74,21 @@ def train(job: Job) -> None:
             last_step = step == config.max_steps
             logged = step == 1 or step % config.telemetry.every == 0 or last_step
             meter, grad_norms, lr = StepMeter(), {}, engine.get_lr()[0]
+            loads: list[Tensor] = []
             for micro_step in range(plan.grad_accum):
                 output = task.forward(engine, next(batches))
                 engine.backward(output.loss)
+                if output.moe is not None:
+                    loads.append(output.moe.assignments_E.detach())
                 if logged:
                     meter.add(output)
                     if micro_step == plan.grad_accum - 1:
                         grad_norms = _grad_norms(engine, parts, plan.stage, groups)
                 engine.step()
+            if balances:
+                update_selection_biases(
+                    engine.module, sum_over_ranks(torch.stack(loads).sum(dim=0)), config.moe.bias_update_rate
+                )
             tokens += tokens_per_step
             if logged:
                 record = {"step": step, "tokens": tokens, "lr": lr} | meter.record() | grad_norms
@@ -140,6 +152,8 @@ def _announce(job: Job, progress: Progress, tokens_per_step: int) -> None:
         f"{job.name} at scale {config.scale}: {moe}, ep_size {config.moe.ep_size}; ZeRO-{plan.stage}, "
         f"{plan.precision}, {job.launch.world_size} x {job.device.name}; {tokens_per_step:,} tokens a step"
     )
+    for remark in config.remarks():
+        progress.message(f"note: {remark}")
     if job.resume_from is not None:
         progress.message(f"continuing from {job.resume_from}")
     elif job.device.is_cpu and plan.precision == "fp32" and devices.has_fast_bf16_cpu():

@@ -19,6 +19,8 @@ def part_of(name: str) -> str:
     """Which of :data:`PARTS` a parameter belongs to, by its name in any backend."""
     if ".experts." in name:
         return "experts"
+    if ".moe.dense." in name:
+        return "ffn"
     if ".moe." in name:
         return "router"
     if "norm" in name:

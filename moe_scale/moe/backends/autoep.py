@@ -16,7 +16,7 @@ from moe_scale.config import MoEConfig
 from moe_scale.initialization import Init
 from moe_scale.moe.dispatch import combine_rows, gather_rows, plan_dispatch
 from moe_scale.moe.experts import Experts
-from moe_scale.moe.layer import MoEStats, make_stats
+from moe_scale.moe.layer import MoEStats, SparseLayer, make_stats
 from moe_scale.moe.router import Router, softmax_top_k
 from moe_scale.parallel.groups import ParallelGroups
 
@@ -46,29 +46,28 @@ class _Block(nn.Module):
     def __init__(self, config: MoEConfig, d_model: int, init: Init, depth_scale: float):
         super().__init__()
         self.config = config
-        self.router = Router(d_model, config.num_experts, init / "router")
+        self.router = Router(d_model, config.num_experts, init / "router", config.router_init_scale)
         # All experts, ordinary parameters: AutoEP cuts out this rank's share itself.
-        self.experts = Experts(
-            d_model, config.intermediate_size, config.num_experts, ParallelGroups(), init / "experts", depth_scale
-        )
+        self.experts = Experts(config, d_model, ParallelGroups(), init / "experts", depth_scale)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         config, x_TD = self.config, x_BSD.reshape(-1, x_BSD.shape[-1])
         routing = softmax_top_k(self.router(x_TD), config.top_k, renormalize=config.renormalize)
         plan = plan_dispatch(routing.ids_TK, routing.weights_TK, config.num_experts)
-        rows_ND = self.experts(gather_rows(x_TD, plan, config.top_k), plan.counts_E)
-        return combine_rows(rows_ND, plan, routing.weights_TK).view_as(x_BSD)
+        rows_ND = self.experts(gather_rows(x_TD, plan), plan.counts_E)
+        return combine_rows(rows_ND, plan, len(x_TD)).view_as(x_BSD)
 
 
-class AutoEPMoE(nn.Module):
-    """AutoEP behind the interface of :class:`moe_scale.moe.layer.MoELayer`. Padding tokens are routed like others."""
+class AutoEPMoE(SparseLayer):
+    """AutoEP behind the interface of :class:`moe_scale.moe.layer.SparseLayer`. Padding is routed like other tokens."""
 
     def __init__(self, config: MoEConfig, d_model: int, init: Init, depth_scale: float = 1.0):
-        super().__init__()
-        self.config = config
+        super().__init__(config, d_model, init, depth_scale)
         self.block: nn.Module = _Block(config, d_model, init, depth_scale)
 
-    def forward(self, x_BSD: Tensor, valid_BS: Tensor | None = None) -> tuple[Tensor, MoEStats]:
+    def run_experts(
+        self, x_BSD: Tensor, valid_BS: Tensor | None, token_ids_BS: Tensor | None
+    ) -> tuple[Tensor, MoEStats, Tensor | None]:
         config = self.config
         y_BSD = self.block(x_BSD)
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
@@ -78,4 +77,4 @@ class AutoEPMoE(nn.Module):
         valid_T = None if valid_BS is None else valid_BS.reshape(-1)
         routing = softmax_top_k(logits_TE, config.top_k, renormalize=config.renormalize)
         none_dropped = torch.zeros((), device=x_BSD.device)
-        return y_BSD, make_stats(routing, config.num_experts, none_dropped, valid_T)
+        return y_BSD, make_stats(config, routing, none_dropped, len(x_BSD), valid_T), self.run_dense(x_BSD)

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from moe_scale.config import MoEConfig
 from moe_scale.initialization import Init
-from moe_scale.moe.experts import expert_stds
-from moe_scale.moe.layer import MoEStats, make_stats
+from moe_scale.moe.experts import activate, expert_stds
+from moe_scale.moe.layer import MoEStats, SparseLayer, make_stats
 from moe_scale.moe.router import Router, softmax_top_k
 from moe_scale.parallel.groups import ParallelGroups
 from moe_scale.parallel.zero import has_tutel, mark_expert_parameters, set_expert_group
@@ -40,7 +40,9 @@ class _Gate(TopKGate):
             use_rts=False,
             top2_2nd_expert_sampling=False,  # random choices, on by default; a comparison needs none
         )
-        self.wg = Router(d_model, config.num_experts, init)  # the seeded weight; the gate reads wg.weight alone
+        self.wg = Router(
+            d_model, config.num_experts, init, config.router_init_scale
+        )  # the seeded weight; the gate reads wg.weight alone
 
     def forward(
         self, input: Tensor, used_token: Any = None, sparse_routes: bool = False, use_tutel: bool = False
@@ -84,20 +86,21 @@ class _Gate(TopKGate):
 
 
 class _Expert(nn.Module):
-    """One SwiGLU expert, the unit that DeepSpeed's ``Experts`` loops over."""
+    """One expert, the unit that DeepSpeed's ``Experts`` loops over."""
 
-    def __init__(self, d_model: int, hidden: int, groups: ParallelGroups, init: Init, depth_scale: float):
+    def __init__(self, config: MoEConfig, d_model: int, groups: ParallelGroups, init: Init, depth_scale: float):
         super().__init__()
+        hidden, self.activation = config.intermediate_size, config.activation
         std_in, std_out = expert_stds(d_model, hidden, depth_scale)
-        self.gate_up = nn.Parameter(torch.empty(2 * hidden, d_model))
+        inner = 2 * hidden if config.activation == "swiglu" else hidden
+        self.gate_up = nn.Parameter(torch.empty(inner, d_model))
         self.down = nn.Parameter(torch.empty(d_model, hidden))
         (init / "gate_up").normal_(self.gate_up, std_in)
         (init / "down").normal_(self.down, std_out)
         mark_expert_parameters(self.parameters(), groups)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = F.linear(x, self.gate_up).chunk(2, dim=-1)
-        return F.linear(F.silu(gate) * up, self.down)
+        return F.linear(activate(F.linear(x, self.gate_up), self.activation), self.down)
 
 
 class _Experts(DeepSpeedExperts):
@@ -111,20 +114,19 @@ class _Experts(DeepSpeedExperts):
         local = groups.local_experts(config.num_experts)
         self.num_local_experts = len(local)
         self.deepspeed_experts = nn.ModuleList(
-            _Expert(d_model, config.intermediate_size, groups, init / expert, depth_scale) for expert in local
+            _Expert(config, d_model, groups, init / expert, depth_scale) for expert in local
         )
 
 
-class DeepSpeedMoE(nn.Module):
-    """``deepspeed.moe`` behind the interface of :class:`moe_scale.moe.layer.MoELayer`.
+class DeepSpeedMoE(SparseLayer):
+    """``deepspeed.moe`` behind the interface of :class:`moe_scale.moe.layer.SparseLayer`.
 
     Padding tokens are routed like others (DeepSpeed masks them for top-1 alone); their results are unused, and they
     count in no loss.
     """
 
     def __init__(self, config: MoEConfig, d_model: int, groups: ParallelGroups, init: Init, depth_scale: float = 1.0):
-        super().__init__()
-        self.config = config
+        super().__init__(config, d_model, init, depth_scale)
         self.layer = MOELayer(
             _Gate(config, d_model, init / "router"),
             _Experts(config, d_model, groups, init / "experts", depth_scale),
@@ -135,7 +137,9 @@ class DeepSpeedMoE(nn.Module):
         )
         set_expert_group(self.layer, groups)
 
-    def forward(self, x_BSD: Tensor, valid_BS: Tensor | None = None) -> tuple[Tensor, MoEStats]:
+    def run_experts(
+        self, x_BSD: Tensor, valid_BS: Tensor | None, token_ids_BS: Tensor | None
+    ) -> tuple[Tensor, MoEStats, Tensor | None]:
         config, layer = self.config, self.layer
         y_BSD = layer(x_BSD, None)
         # DeepSpeed leaves what it measured on the module; take it off, so that no graph outlives its step.
@@ -145,4 +149,4 @@ class DeepSpeedMoE(nn.Module):
         routing = softmax_top_k(logits_TE, config.top_k, renormalize=config.renormalize)
         lost_KT = routes_KT < 0
         dropped = lost_KT.sum() if valid_T is None else (lost_KT & valid_T).sum()
-        return y_BSD, make_stats(routing, config.num_experts, dropped, valid_T)
+        return y_BSD, make_stats(config, routing, dropped, len(x_BSD), valid_T), self.run_dense(x_BSD)

@@ -5,6 +5,15 @@ from __future__ import annotations
 from moe_scale.config import MoEConfig
 from moe_scale.errors import Problem
 
+CUSTOM_ONLY = {
+    "router": "softmax",
+    "router_temperature": 1.0,
+    "router_jitter": 0.0,
+    "expert_bias": False,
+    "expert_dropout": 0.0,
+}
+"""Settings that only the custom backend follows, with the value that the others have."""
+
 
 def unsupported(config: MoEConfig, *, zero_stage: int) -> list[Problem]:
     """What ``config.backend`` cannot do of what is asked, each with the backend that can."""
@@ -12,6 +21,17 @@ def unsupported(config: MoEConfig, *, zero_stage: int) -> list[Problem]:
     if not config.enabled:
         return found
     backend, where = config.backend, "moe.backend"
+    if backend != "custom":
+        for name, value in CUSTOM_ONLY.items():
+            given = getattr(config, name)
+            if given != value:
+                found.append(
+                    Problem(
+                        f"moe.{name}",
+                        f"{_show(given)} with {where} = {backend}, which has {_show(value)} alone",
+                        f"use moe.{name} {_show(value)}, or moe.backend custom",
+                    )
+                )
     if config.ep_size > 1 and zero_stage < 3 and backend != "autoep":
         found.append(
             Problem(
@@ -21,6 +41,14 @@ def unsupported(config: MoEConfig, *, zero_stage: int) -> list[Problem]:
             )
         )
     if backend == "autoep":
+        if config.activation != "swiglu":
+            found.append(
+                Problem(
+                    "moe.activation",
+                    f"{config.activation} with {where} = autoep, which takes SwiGLU experts alone",
+                    "use moe.activation swiglu, or moe.backend custom or deepspeed",
+                )
+            )
         if config.dispatch != "dropless":
             found.append(
                 Problem(
@@ -56,3 +84,7 @@ def unsupported(config: MoEConfig, *, zero_stage: int) -> list[Problem]:
                 )
             )
     return found
+
+
+def _show(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
