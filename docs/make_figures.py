@@ -25,7 +25,9 @@ def main(run_dir: Path, out: Path) -> None:
     loss.set(xlabel="tokens", ylabel="loss, nats a token", title="Loss")
     loss.legend()
     for layer in sparse:
-        load.plot([r["tokens"] for r in steps], [r["router/load_max"][layer] for r in steps], label=f"sparse layer {layer}")
+        load.plot(
+            [r["tokens"] for r in steps], [r["router/load_max"][layer] for r in steps], label=f"sparse layer {layer}"
+        )
     load.axhline(1, color="grey", linestyle="--", label="even")
     load.set(xlabel="tokens", ylabel="largest load / mean load", title="Load of the fullest expert")
     load.legend()

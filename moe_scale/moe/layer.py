@@ -72,7 +72,7 @@ class MoELayer(nn.Module):
         routing = softmax_top_k(self.router(x_TD), config.top_k, renormalize=config.renormalize)
         plan = plan_dispatch(
             routing.ids_TK,
-            routing.weights_TK,
+            routing.probs_TE.gather(1, routing.ids_TK),
             config.num_experts,
             valid_T=valid_T,
             rows_per_expert=rows_per_expert(config, x_TD.shape[0], training=self.training),

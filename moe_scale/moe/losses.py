@@ -24,8 +24,8 @@ def load_balance_loss(probs_TE: Tensor, assignments_E: Tensor, valid_T: Tensor |
     load gives exactly 1; P_e is the mean probability of expert e. Only P_e carries a gradient. Hugging Face's
     ``load_balancing_loss_func`` sums over the K choices instead of averaging, and so is K times this.
     """
-    share_E = assignments_E / assignments_E.sum().clamp(min=1)
-    return probs_TE.shape[-1] * (share_E.to(probs_TE.dtype) * _mean_over_tokens(probs_TE, valid_T)).sum()
+    share_E = assignments_E.to(probs_TE.dtype) / assignments_E.sum().clamp(min=1)
+    return probs_TE.shape[-1] * (share_E * _mean_over_tokens(probs_TE, valid_T)).sum()
 
 
 def router_z_loss(logits_TE: Tensor, valid_T: Tensor | None = None) -> Tensor:

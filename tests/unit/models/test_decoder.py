@@ -185,6 +185,14 @@ def test_statistics_of_sparse_layers() -> None:
     assert not output.sink_share.requires_grad
 
 
+def test_padding_counts_in_no_sink_share() -> None:
+    model, ids_BS = DecoderLM(CONFIG, MOE), make_ids(1, 8)
+    documents = torch.tensor([[0, 0, 0, -1, -1, -1, -1, -1]])
+    padded = run(model, ids_BS, ids_BS, documents, want_sink=True)
+    alone = run(model, ids_BS[:, :3], ids_BS[:, :3], want_sink=True)
+    torch.testing.assert_close(padded.sink_share, alone.sink_share)
+
+
 def test_dense_model() -> None:
     moe = dataclasses.replace(MOE, enabled=False)
     model = DecoderLM(CONFIG, moe)
