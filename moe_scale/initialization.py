@@ -30,6 +30,8 @@ class Init:
         sharded when that returns, and nothing would be left here to fill.
         """
         assert not hasattr(tensor, "ds_id"), f"{self.path} was sharded before it was initialized"
+        if tensor.is_meta:
+            return tensor
         digest = hashlib.blake2b(f"{self.seed}/{self.path}".encode(), digest_size=8).digest()
         generator = torch.Generator(device=tensor.device)
         generator.manual_seed(int.from_bytes(digest, "little") & (2**63 - 1))

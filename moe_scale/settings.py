@@ -199,6 +199,7 @@ def _is_list(leaf: Leaf) -> bool:
 def _build_parser(config_class: type, scale_values: Nested, scale: Scale, recipe: str) -> argparse.ArgumentParser:
     parser = _Parser(
         prog=f"recipes/{recipe}.py",
+        usage="%(prog)s [--config FILE] [--name VALUE ...]",
         allow_abbrev=False,
         description=f"Settings of {recipe}, with their defaults at --scale {scale}.",
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=36, width=120),
@@ -263,7 +264,7 @@ def _read_yaml(name: str, problems: list[Problem]) -> Nested:
         why = getattr(error, "strerror", None) or error
         problems.append(Problem("config", f"cannot read {name or repr(name)}: {why}", this_host_only=True))
     else:
-        if isinstance(loaded, dict) or not loaded:
+        if isinstance(loaded, dict) or loaded is None:
             return loaded or {}
         kind = "list" if isinstance(loaded, list) else "single value"
         problems.append(Problem("config", f"{name} holds a {kind}", "it must hold settings: 'name: value'"))
@@ -309,13 +310,13 @@ def _validate(config_class: type[C], defaults: Nested, nested: Nested) -> tuple[
         paths = {leaf.path for leaf in leaves(config_class)}
         for item in error.errors():
             loc = [str(part) for part in item["loc"]]
-            while ".".join(loc) not in paths:  # an item of a list
-                loc.pop()
-            path = ".".join(loc)
+            path = next((p for p in (".".join(loc), ".".join(loc[:-1])) if p in paths), None)  # the second: of a list
+            if path is None:
+                raise  # not a user's value but a recipe's own: _known_settings lets no other name through
             allowed = _ALLOWED.get(item["type"]) or item["msg"].removeprefix("Input ").split(", unable to")[0]
             problems.append(Problem(path, _quote(item["input"]), allowed))
             _set(nested, path, _lookup(defaults, path, _REMOVE))
-        return _validate(config_class, defaults, nested)[0], list(dict.fromkeys(problems))
+        return adapter.validate_python(nested), list(dict.fromkeys(problems))
 
 
 _REMOVE = object()

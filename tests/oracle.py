@@ -53,7 +53,7 @@ def dense_moe(
         rows_per_expert: what an expert takes at most; None is dropless.
         drop_policy: see :func:`kept_choices`.
         as_deepspeed: what ``deepspeed.moe`` does otherwise under a capacity: a token's weights are rescaled over the
-            choices that are kept, and the probability that decides who stays is the one before any rescaling.
+            choices that are kept.
     """
     num_tokens, num_experts = x_TD.shape[0], router_ED.shape[0]
     valid_T = torch.ones(num_tokens, dtype=torch.bool) if valid_T is None else valid_T
@@ -66,8 +66,7 @@ def dense_moe(
     rescale = renormalize and top_k > 1
     weights_TK = chosen_probs_TK / chosen_probs_TK.sum(dim=-1, keepdim=True) if rescale else chosen_probs_TK
 
-    measure_TK = chosen_probs_TK if as_deepspeed else weights_TK
-    kept_TK = kept_choices(ids_TK, measure_TK.detach(), valid_T, rows_per_expert, drop_policy)
+    kept_TK = kept_choices(ids_TK, chosen_probs_TK.detach(), valid_T, rows_per_expert, drop_policy)
     kept_weights_TK = weights_TK * kept_TK
     if as_deepspeed and rescale:
         kept_share_T1 = kept_weights_TK.sum(dim=-1, keepdim=True)
@@ -96,19 +95,19 @@ def dense_moe(
 
 
 def kept_choices(
-    ids_TK: Tensor, weights_TK: Tensor, valid_T: Tensor, rows_per_expert: int | None, drop_policy: str
+    ids_TK: Tensor, probs_TK: Tensor, valid_T: Tensor, rows_per_expert: int | None, drop_policy: str
 ) -> Tensor:
     """Which choices find a place, by handing out places one at a time. Returns bool [T, K].
 
     ``position`` serves the first choices of all tokens in order, then all second choices, and so on; ``probability``
-    serves the largest weight first. Padding is not served and takes no place.
+    serves the most probable first. Padding is not served and takes no place.
     """
     num_tokens, top_k = ids_TK.shape
     if drop_policy == "position":
         queue = [(token, choice) for choice in range(top_k) for token in range(num_tokens)]
     else:
         in_order = [(token, choice) for token in range(num_tokens) for choice in range(top_k)]
-        queue = sorted(in_order, key=lambda pair: -float(weights_TK[pair]))  # stable: equal weights keep their order
+        queue = sorted(in_order, key=lambda pair: -float(probs_TK[pair]))  # stable: equal ones keep their order
     taken: dict[int, int] = {}
     kept_TK = torch.zeros(num_tokens, top_k, dtype=torch.bool)
     for token, choice in queue:

@@ -75,7 +75,12 @@ class Attention(nn.Module):
             self.gate = Linear(config.d_model, gates, init / "gate")
 
     def forward(
-        self, x_BSD: Tensor, rope: Rope, mask: Tensor | None = None, want_sink: bool = False
+        self,
+        x_BSD: Tensor,
+        rope: Rope,
+        mask: Tensor | None = None,
+        want_sink: bool = False,
+        valid_BS: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend.
 
@@ -83,6 +88,7 @@ class Attention(nn.Module):
             x_BSD: the normed hidden states.
             mask: bool [B, 1, S, S], True where a query may look; None is plain causal.
             want_sink: also measure the attention sink, which takes an explicit softmax and S^2 memory.
+            valid_BS: bool, False for padding, whose queries count in no sink share.
 
         Returns:
             output_BSD, and with ``want_sink`` the share of attention that queries give to the first token they may
@@ -100,12 +106,12 @@ class Attention(nn.Module):
         y_BSHA = y_BHSA.transpose(1, 2)
         if self.gate is not None:
             y_BSHA = y_BSHA * self.gate(x_BSD).sigmoid().view(batch, seq_len, heads, -1)
-        sink = _sink_share(q_BHSA, k_BGSA, mask) if want_sink else None
+        sink = _sink_share(q_BHSA, k_BGSA, mask, valid_BS) if want_sink else None
         return self.out(y_BSHA.reshape(batch, seq_len, heads * width)), sink
 
 
 @torch.no_grad()
-def _sink_share(q_BHSA: Tensor, k_BGSA: Tensor, mask: Tensor | None) -> Tensor:
+def _sink_share(q_BHSA: Tensor, k_BGSA: Tensor, mask: Tensor | None, valid_BS: Tensor | None = None) -> Tensor:
     """Mean attention probability on the first token that each query may see."""
     heads, seq_len, width = q_BHSA.shape[1:]
     k_BHSA = k_BGSA.repeat_interleave(heads // k_BGSA.shape[1], dim=1)
@@ -116,4 +122,6 @@ def _sink_share(q_BHSA: Tensor, k_BGSA: Tensor, mask: Tensor | None) -> Tensor:
     first = mask.to(torch.uint8).argmax(dim=-1, keepdim=True)  # [B or 1, 1, S, 1]
     on_first = probs.gather(-1, first.expand(*probs.shape[:3], 1)).squeeze(-1)
     has_choice = (mask.sum(dim=-1) > 1).expand(probs.shape[0], heads, seq_len)
+    if valid_BS is not None:
+        has_choice = has_choice & valid_BS[:, None, :]
     return (on_first * has_choice).sum() / has_choice.sum().clamp(min=1)

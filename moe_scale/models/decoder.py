@@ -61,7 +61,7 @@ class DecoderLayer(nn.Module):
         valid_BS: Tensor | None,
         want_sink: bool = False,
     ) -> tuple[Tensor, MoEStats | None, Tensor | None]:
-        attended, sink = self.attention(self.attention_norm(x_BSD), rope, mask, want_sink)
+        attended, sink = self.attention(self.attention_norm(x_BSD), rope, mask, want_sink, valid_BS)
         x_BSD = x_BSD + attended
         normed = self.ffn_norm(x_BSD)
         if hasattr(self, "ffn"):

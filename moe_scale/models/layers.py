@@ -73,7 +73,7 @@ class TiedHead(nn.Module):
         """
         if targets_T is None:
             return F.linear(hidden, self.weight)
-        return _LinearCrossEntropy.apply(hidden, self.weight, targets_T, self.chunk_tokens)
+        return _LinearCrossEntropy.apply(hidden, self.weight, targets_T, self.chunk_tokens, torch.is_grad_enabled())
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -85,8 +85,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, chunk_tokens: int) -> Tensor:
-        needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+    def forward(
+        ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, chunk_tokens: int, grad_enabled: bool
+    ) -> Tensor:
+        needs_grad = grad_enabled and (ctx.needs_input_grad[0] or ctx.needs_input_grad[1])
         wide = torch.promote_types(hidden_TD.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=hidden_TD.device)
         grad_hidden = torch.empty_like(hidden_TD) if needs_grad else None
@@ -104,9 +106,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grads[0].to(grad_hidden.dtype), (grad_weight * grads[0]).to(ctx.weight_dtype), None, None
+        return (
+            grad_hidden * grads[0].to(grad_hidden.dtype),
+            (grad_weight * grads[0]).to(ctx.weight_dtype),
+            None,
+            None,
+            None,
+        )
 
 
 def _softmax_loss_(logits_TV: Tensor, targets_T: Tensor, write_gradient: bool) -> Tensor:

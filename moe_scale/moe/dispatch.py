@@ -8,6 +8,7 @@ between ranks or a fused kernel can use the same plan.
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from typing import Literal, NamedTuple
 
 import torch
@@ -35,7 +36,8 @@ class DispatchPlan(NamedTuple):
 def capacity(num_tokens: int, top_k: int, num_experts: int, factor: float, minimum: int) -> int:
     """Rows that one expert takes at most: ceil(T * K / E * factor), from ``minimum`` up to T."""
     # A token chooses an expert at most once, so more than T rows cannot come.
-    return min(max(math.ceil(num_tokens * top_k / num_experts * factor), minimum), num_tokens)
+    share = Fraction(num_tokens * top_k, num_experts) * Fraction(str(factor))
+    return min(max(math.ceil(share), minimum), num_tokens)
 
 
 def plan_dispatch(
@@ -43,6 +45,7 @@ def plan_dispatch(
     weights_TK: Tensor,
     num_experts: int,
     *,
+    priority_TK: Tensor | None = None,
     rows_per_expert: int | None = None,
     drop_policy: DropPolicy = "position",
     valid_T: Tensor | None = None,
@@ -51,11 +54,12 @@ def plan_dispatch(
 
     Args:
         ids_TK: int64 experts of each token.
-        weights_TK: routing weights, read by ``drop_policy="probability"`` alone.
+        weights_TK: their weights in the tokens' sums.
         num_experts: E.
+        priority_TK: the choices' probabilities, read by ``drop_policy="probability"`` alone; None takes the weights.
         rows_per_expert: C; None drops nothing.
         drop_policy: who stays when an expert is given more than C rows. ``position``: first choices in token order,
-            then second choices, and so on (GShard, arXiv 2006.16668, algorithm 1); ``probability``: largest weights.
+            then second choices, and so on (GShard, arXiv 2006.16668, algorithm 1); ``probability``: the most probable.
         valid_T: False for padding, which is sent nowhere and takes no capacity.
     """
     nowhere = num_experts
@@ -64,7 +68,9 @@ def plan_dispatch(
         ids_N = torch.where(valid_T.repeat_interleave(ids_TK.shape[1]), ids_N, nowhere)
     dropped = ids_N.new_zeros(())
     if rows_per_expert is not None:
-        place_N = _place_within_expert(ids_N.view(ids_TK.shape), weights_TK, num_experts, drop_policy)
+        place_N = _place_within_expert(
+            ids_N.view(ids_TK.shape), weights_TK if priority_TK is None else priority_TK, num_experts, drop_policy
+        )
         over_N = (place_N >= rows_per_expert) & (ids_N != nowhere)
         dropped = over_N.sum()
         ids_N = torch.where(over_N, nowhere, ids_N)
@@ -121,14 +127,14 @@ def combine_rows(y_ND: Tensor, plan: DispatchPlan, num_tokens: int) -> Tensor:
     return total_TD.to(y_ND.dtype)
 
 
-def _place_within_expert(ids_TK: Tensor, weights_TK: Tensor, num_experts: int, policy: DropPolicy) -> Tensor:
+def _place_within_expert(ids_TK: Tensor, priority_TK: Tensor, num_experts: int, policy: DropPolicy) -> Tensor:
     """For each row n = t*K + k, how many rows of the same expert go before it."""
     num_tokens, top_k = ids_TK.shape
     if policy == "position":
         priority_N = torch.arange(num_tokens * top_k, device=ids_TK.device).view(top_k, num_tokens).t().flatten()
         by_priority_N = priority_N.argsort()
     else:
-        by_priority_N = weights_TK.flatten().argsort(descending=True, stable=True)
+        by_priority_N = priority_TK.flatten().argsort(descending=True, stable=True)
     ids_N = ids_TK.flatten()[by_priority_N]
     by_expert_N = ids_N.argsort(stable=True)
     counts = torch.bincount(ids_N, minlength=num_experts + 1)

@@ -164,6 +164,7 @@ class MoELayer(SparseLayer):
             routing.ids_TK,
             routing.weights_TK,
             config.num_experts,
+            priority_TK=routing.probs_TE.gather(1, routing.ids_TK),
             valid_T=valid_T,
             rows_per_expert=rows_per_expert(config, num_tokens, training=self.training),
             drop_policy=config.drop_policy,

@@ -30,8 +30,8 @@ def load_balance_loss(probs_TE: Tensor, assignments_E: Tensor, valid_T: Tensor |
     With the assignments of all ranks it balances the global load (arXiv 2501.11873): the loss is linear in P_e, so
     the average of the ranks' losses is the loss of the joined batch.
     """
-    share_E = assignments_E / assignments_E.sum().clamp(min=1)
-    return probs_TE.shape[-1] * (share_E.to(probs_TE.dtype) * _mean_over_tokens(probs_TE, valid_T)).sum()
+    share_E = assignments_E.to(probs_TE.dtype) / assignments_E.sum().clamp(min=1)
+    return probs_TE.shape[-1] * (share_E * _mean_over_tokens(probs_TE, valid_T)).sum()
 
 
 def sequence_load_balance_loss(probs_TE: Tensor, ids_TK: Tensor, batch: int, valid_T: Tensor | None = None) -> Tensor:

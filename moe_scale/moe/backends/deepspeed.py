@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from moe_scale.config import MoEConfig
 from moe_scale.initialization import Init
+from moe_scale.moe.dispatch import capacity
 from moe_scale.moe.experts import activate, expert_stds
 from moe_scale.moe.layer import MoEStats, SparseLayer, make_stats
 from moe_scale.moe.router import Router, softmax_top_k
@@ -49,24 +50,31 @@ class _Gate(TopKGate):
     ) -> Any:
         logits_TE = self.wg(input)
         factor = self.capacity_factor if self.training else self.eval_capacity_factor
+        num_tokens, num_experts = logits_TE.shape
+        places = capacity(num_tokens, self.k, num_experts, factor, self.min_capacity) if self.drop_tokens else 0
+        # Capacity is counted here, in whole numbers: DeepSpeed's fp32 product can land one above a whole share.
         if self.k == 1:
+            # Asked to drop, top1gating keeps an arbitrary choice of the tokens; undropped, it numbers them in order.
             routes = top1gating(
-                logits_TE,
-                factor,
-                self.min_capacity,
-                used_token,
-                None,
-                self.drop_tokens,
-                self.use_rts,
-                self.ep_group,
-                sparse_routes,
-                use_tutel,
+                logits_TE, 0.0, 0, used_token, None, False, self.use_rts, self.ep_group, sparse_routes, use_tutel
             )
+            if self.drop_tokens:
+                aux, _, _, ids_KT, places_KT, gates_KT, counts = routes
+                over_KT = places_KT >= places
+                routes = (
+                    aux,
+                    places,
+                    num_experts,
+                    ids_KT.masked_fill(over_KT, -1),
+                    places_KT.masked_fill(over_KT, 0),
+                    gates_KT,
+                    counts,
+                )
         elif self.k == 2:
             routes = top2gating(
                 logits_TE,
-                factor,
-                self.min_capacity,
+                0.0,
+                places,
                 self.drop_tokens,
                 self.ep_group,
                 self.top2_2nd_expert_sampling,
@@ -76,8 +84,8 @@ class _Gate(TopKGate):
             routes = topkgating(
                 logits_TE,
                 self.k,
-                factor,
-                self.min_capacity,
+                0.0,
+                places,
                 self.drop_tokens,
                 self.ep_group,
                 sparse_routes=sparse_routes,

@@ -140,7 +140,7 @@ def test_ranks_start_from_slices_of_the_same_weights(backend: str) -> None:
 def test_expert_parallel_weights_are_marked() -> None:
     """ZeRO-3 reads these marks when it shards; an unmarked expert would silently become a copy of rank 0's."""
     groups = ParallelGroups(world_size=4, rank=3, ep_size=2, ep_rank=1, expert_data="a group")
-    for parameter in Experts(6, 5, 8, groups, Init(0)).parameters():
+    for parameter in Experts(MoEConfig(num_experts=8, intermediate_size=5), 6, groups, Init(0)).parameters():
         assert is_expert_parallel(parameter)
         assert parameter.group_name == parameter.ds_zero_partition_group_name == "ep_size_2"
         assert parameter.ds_zero_partition_process_group == "a group"
@@ -183,6 +183,14 @@ def test_statistics_of_sparse_layers() -> None:
     assert output.moe.assignments_E.sum(dim=1).tolist() == [44, 44]
     assert output.sink_share.shape == (5,)
     assert not output.sink_share.requires_grad
+
+
+def test_padding_counts_in_no_sink_share() -> None:
+    model, ids_BS = DecoderLM(CONFIG, MOE), make_ids(1, 8)
+    documents = torch.tensor([[0, 0, 0, -1, -1, -1, -1, -1]])
+    padded = run(model, ids_BS, ids_BS, documents, want_sink=True)
+    alone = run(model, ids_BS[:, :3], ids_BS[:, :3], want_sink=True)
+    torch.testing.assert_close(padded.sink_share, alone.sink_share)
 
 
 def test_dense_model() -> None:

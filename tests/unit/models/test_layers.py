@@ -106,12 +106,19 @@ def test_loss_is_the_same_without_gradients() -> None:
     assert torch.equal(loss, head(hidden, targets_T).detach())
 
 
-@pytest.mark.xfail(strict=True, reason="ctx.needs_input_grad is true for a weight under torch.no_grad as well")
 def test_evaluation_computes_no_gradients() -> None:
     head, hidden, targets_T = make_head(), make_hidden(), make_targets()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         head(hidden, targets_T)
     assert counter.get_total_flops() == 2 * T * D * V
+
+
+def test_second_derivative_is_refused() -> None:
+    """The stored gradient is a constant to autograd, so a second derivative would be silently wrong."""
+    head, hidden = make_head(), make_hidden()
+    (gradient,) = torch.autograd.grad(head(hidden, make_targets()) ** 2, hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
 
 
 def test_large_logits_do_not_overflow() -> None:
@@ -133,7 +140,7 @@ def test_head_shares_the_embedding() -> None:
 
 def test_dense_feed_forward_is_swiglu() -> None:
     layer = DenseFeedForward(D, 9, Init(3)).double()
-    x_BSD = torch.randn(2, 4, D, dtype=torch.float64)
+    x_BSD = make_hidden(tokens=8).view(2, 4, D)
     gate_FD, up_FD = layer.gate_up.weight[:9], layer.gate_up.weight[9:]
     gate = x_BSD @ gate_FD.T
     expected = (gate * torch.sigmoid(gate) * (x_BSD @ up_FD.T)) @ layer.down.weight.T

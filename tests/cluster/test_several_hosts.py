@@ -1,0 +1,96 @@
+"""The launchers for several hosts start one run: the curve of one process, whoever started the ranks and where."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.hosts import Cluster, reason_to_skip
+from tests.cluster.slurm import Slurm
+from tests.distributed.test_same_curve import Curve, Runs, assert_same
+from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.cluster
+
+RECIPE = "recipes/lm_16l.py"
+STEPS = 8
+TOLERANCE = 1e-4
+EXPERT_PARALLEL = ("--moe.ep_size", "2")
+
+
+class Launches(Runs):
+    """Command lines of the recipe, and a check of the curves that they leave."""
+
+    def flags(self, name: str, world_size: int, *extra: str) -> list[str]:
+        return self.argv(name, world_size, stage=3, extra=("--max_steps", str(STEPS), *extra))
+
+    def check(self, name: str) -> None:
+        assert_same({name: self.curve(name)}, self.one_process, TOLERANCE)
+
+    one_process: Curve
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Launches:
+    if reason := reason_to_skip():
+        pytest.skip(reason)
+    runs = Launches(tmp_path_factory.mktemp("runs"))
+    run_ranks(1, [RECIPE, *runs.flags("one_process", 1)], timeout=120)
+    runs.one_process = runs.curve("one_process")
+    assert len(runs.one_process) == STEPS
+    return runs
+
+
+def assert_clean(output: str) -> None:
+    for noise in ("Traceback", "Warning:", "Error"):
+        assert noise not in output, output
+
+
+def test_deepspeed_with_a_hostfile(cluster: Cluster, runs: Launches, tmp_path: Path) -> None:
+    """pdsh takes no more than PYTHON* along: what the ranks need besides is in a file that DeepSpeed reads."""
+    needed = ("PATH", "OMP_NUM_THREADS", "DS_ACCELERATOR")
+    environment = tmp_path / "deepspeed_env"
+    environment.write_text("".join(f"{name}={cluster.environ[name]}\n" for name in needed))
+    flags = runs.flags("deepspeed", 2, *EXPERT_PARALLEL)
+    argv = ["deepspeed", "--hostfile", str(cluster.hostfile()), RECIPE, *flags]
+    output = cluster.hosts[0].run(argv, {"DS_ENV_FILE": str(environment)}, timeout=120).check().output
+    runs.check("deepspeed")
+    assert_clean(output)
+    started = [line for line in output.splitlines() if "spawned with command" in line]
+    assert sorted(line.split(":")[0] for line in started) == ["n1", "n2"], "one rank on each host"
+
+
+def test_torchrun_with_a_rendezvous(cluster: Cluster, runs: Launches) -> None:
+    flags = runs.flags("torchrun", 2, *EXPERT_PARALLEL)
+    rendezvous = ["--rdzv_backend", "c10d", "--rdzv_endpoint", "n1:29400", "--rdzv_id", "curve"]
+    argv = ["torchrun", "--nnodes", "2", "--nproc_per_node", "1", *rendezvous, RECIPE, *flags]
+    commands = [host.start(argv) for host in cluster.hosts]
+    for command in commands:
+        assert_clean(command.wait(120).check().output)
+    runs.check("torchrun")
+
+
+@pytest.mark.parametrize(
+    ("name", "nodes", "tasks_per_node", "extra"),
+    [("two_nodes", 2, 1, EXPERT_PARALLEL), ("two_tasks_on_a_node", 1, 2, ())],
+)
+def test_srun(slurm: Slurm, runs: Launches, name: str, nodes: int, tasks_per_node: int, extra: tuple[str, ...]) -> None:
+    """Nobody exports MASTER_ADDR or MASTER_PORT: the run finds both in what srun tells every rank."""
+    size = (f"--nodes={nodes}", f"--ntasks-per-node={tasks_per_node}")
+    train = shlex.join([sys.executable, RECIPE, *runs.flags(name, 2, *extra)])
+    job = slurm.submit(f"srun {' '.join(size)} {train}", *size, timeout=120).check()
+    assert_clean(job.output)
+    runs.check(name)
+
+
+def test_a_wrong_setting_is_told_once(slurm: Slurm, runs: Launches) -> None:
+    train = shlex.join([sys.executable, RECIPE, *runs.flags("wrong", 2, "--moe.top_k", "9")])
+    job = slurm.submit(f"srun --nodes=2 --ntasks-per-node=1 {train}", "--nodes=2", timeout=60)
+    assert (job.state, job.returncode) == ("FAILED", 2), job.output
+    assert job.output.count("moe.top_k: 9 > moe.num_experts = 4") == 1, job.output
+    assert job.output.count("1 problem with the settings") == 1, job.output
+    assert "Traceback" not in job.output
+    assert not (runs.folder / "wrong").exists(), "nothing is written before the settings are right"
