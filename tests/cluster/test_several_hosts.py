@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -45,8 +46,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Launches:
 
 
 def assert_clean(output: str) -> None:
-    for noise in ("Traceback", "Warning:", "Error"):
-        assert noise not in output, output
+    noise = [line for line in output.splitlines() if re.search(r"warning|traceback|error", line, re.IGNORECASE)]
+    assert not noise, output
+    assert output.count("held-out loss") == 2, "rank 0 alone tells it: with the last step and in the summary"
 
 
 def test_deepspeed_with_a_hostfile(cluster: Cluster, runs: Launches, tmp_path: Path) -> None:
@@ -63,13 +65,20 @@ def test_deepspeed_with_a_hostfile(cluster: Cluster, runs: Launches, tmp_path: P
     assert sorted(line.split(":")[0] for line in started) == ["n1", "n2"], "one rank on each host"
 
 
-def test_torchrun_with_a_rendezvous(cluster: Cluster, runs: Launches) -> None:
+def test_torchrun_with_a_rendezvous(cluster: Cluster, runs: Launches, tmp_path: Path) -> None:
+    """What the ranks print is read from torchrun's log folder. Its own words are no measure: the agent on n1 serves the
+    rendezvous and may leave first, and the other one then complains of a lost connection, after a run that succeeded.
+    """
     flags = runs.flags("torchrun", 2, *EXPERT_PARALLEL)
     rendezvous = ["--rdzv_backend", "c10d", "--rdzv_endpoint", "n1:29400", "--rdzv_id", "curve"]
-    argv = ["torchrun", "--nnodes", "2", "--nproc_per_node", "1", *rendezvous, RECIPE, *flags]
+    logs = ["--redirects", "3", "--log-dir", str(tmp_path)]
+    argv = ["torchrun", "--nnodes", "2", "--nproc_per_node", "1", *rendezvous, *logs, RECIPE, *flags]
     commands = [host.start(argv) for host in cluster.hosts]
     for command in commands:
-        assert_clean(command.wait(120).check().output)
+        command.wait(120).check()
+    printed = [log.read_text() for log in tmp_path.rglob("std*.log")]
+    assert len(printed) == 4, "standard output and error of two ranks"
+    assert_clean("\n".join(printed))
     runs.check("torchrun")
 
 

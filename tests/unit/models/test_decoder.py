@@ -144,7 +144,12 @@ def test_expert_parallel_weights_are_marked() -> None:
         assert is_expert_parallel(parameter)
         assert parameter.group_name == parameter.ds_zero_partition_group_name == "ep_size_2"
         assert parameter.ds_zero_partition_process_group == "a group"
-    assert not any(map(is_expert_parallel, Experts(6, 5, 8, ParallelGroups(), Init(0)).parameters()))
+    assert not any(
+        map(
+            is_expert_parallel,
+            Experts(MoEConfig(num_experts=8, intermediate_size=5), 6, ParallelGroups(), Init(0)).parameters(),
+        )
+    )
 
 
 def test_loss_at_initialization() -> None:
