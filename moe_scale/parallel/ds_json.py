@@ -38,7 +38,6 @@ _SECTIONS = {
     "flops_profiler",
     "timers",
     "checkpoint",
-    "nebula",
     "csv_monitor",
     "compile",
 }
@@ -123,7 +122,7 @@ def plan(config: RunConfig, launch: Launch, device: Device) -> tuple[DeepSpeedPl
     if not isinstance(stage, int) or isinstance(stage, bool) or not 0 <= stage <= 3:
         problems.append(Problem(f"{where}: zero_optimization.stage", f"{stage!r}", "choose 0, 1, 2 or 3"))
         stage = 0
-    problems += _zero_section_problems(zero)
+    problems += _zero_section_problems(zero) or _offload_problems(zero, stage)
     precision = _precision(raw, device, problems)
     micro_batch, grad_accum = _batch(raw, launch, problems)
     problems += _parallelism(config, stage, zero, launch)
@@ -232,6 +231,25 @@ def _zero_section_problems(zero: dict[str, Any]) -> list[Problem]:
     except (AssertionError, ValueError, TypeError) as error:
         return [Problem("deepspeed_config: zero_optimization", str(error).splitlines()[0])]
     return []
+
+
+def _offload_problems(zero: dict[str, Any], stage: int) -> list[Problem]:
+    """What DeepSpeed's schema lets through and its engine then trips over or ignores."""
+    where, found = "deepspeed_config: zero_optimization", []
+    for old, new in (("cpu_offload", "offload_optimizer"), ("cpu_offload_params", "offload_param")):
+        if zero.get(old):
+            instead = f'write "{new}": {{"device": "cpu"}}'
+            found.append(Problem(f"{where}.{old}", "DeepSpeed has replaced this key", instead))
+    for name, stages in (("offload_optimizer", (1, 2, 3)), ("offload_param", (3,))):
+        section = zero.get(name) or {}
+        if section.get("device", "none") == "none":
+            continue
+        if stage not in stages:
+            needed = " or ".join(map(str, stages))
+            found.append(Problem(f"{where}.{name}", f"without effect at stage {stage}", f"needs stage {needed}"))
+        if section["device"] == "nvme" and not section.get("nvme_path"):
+            found.append(Problem(f"{where}.{name}.nvme_path", "not given", "a folder on the NVMe device"))
+    return found
 
 
 def _precision(raw: dict[str, Any], device: Device, problems: list[Problem]) -> Precision:

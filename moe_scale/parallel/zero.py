@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -52,10 +53,19 @@ def init_distributed(timeout_minutes: float = 30.0) -> None:
     # On a CPU, DeepSpeed compiles a shared-memory collective on first use: one to two silent minutes, and a compiler
     # on PATH, for what gloo does as well at these sizes.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if not deepspeed.comm.is_initialized():
+    if deepspeed.comm.is_initialized():
+        return
+    try:
         deepspeed.init_distributed(
             timeout=datetime.timedelta(minutes=timeout_minutes), auto_mpi_discovery=False, verbose=False
         )
+    except torch.distributed.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        port = os.environ.get("MASTER_PORT")
+        raise ConfigError(
+            Problem("MASTER_PORT", f"port {port} is taken", "choose another with --master_port", this_host_only=True)
+        ) from None
 
 
 def make_groups(ep_size: int) -> ParallelGroups:

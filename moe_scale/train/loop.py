@@ -35,6 +35,8 @@ def train(job: Job) -> None:
     """Train ``job`` from its first or resumed step to its last. All ranks call it together."""
     config, plan, launch, task = job.config, job.plan, job.launch, job.task
     run_dir = Path(config.output_dir).expanduser()
+    if job.device.is_cpu:
+        devices.keep_freed_memory()
     launches.export(launch)
     zero.init_distributed()
     groups = zero.make_groups(config.moe.ep_size if config.moe.enabled else 1)

@@ -25,6 +25,8 @@ from moe_scale.train import checkpoint
 from moe_scale.train.optim import optimizer_problems
 from moe_scale.train.task import Task
 
+EXIT_INTERRUPTED = 130
+
 CHECKOUT = Path(__file__).resolve().parents[2]
 
 
@@ -74,12 +76,17 @@ class Job:
 def main(recipe: Recipe, argv: Sequence[str] | None = None) -> None:
     """Run a recipe from the command line. Leaves with exit code 2 and one message when the input is wrong."""
     quiet()
-    with exit_on_config_error():
-        job = prepare_job(recipe, list(sys.argv[1:] if argv is None else argv))
-        from moe_scale.train.loop import train
+    try:
+        with exit_on_config_error():
+            job = prepare_job(recipe, list(sys.argv[1:] if argv is None else argv))
+            from moe_scale.train.loop import train
 
-        train(job)
-        dist.destroy_process_group()
+            train(job)
+            dist.destroy_process_group()
+    except KeyboardInterrupt:
+        if launches.detect().is_main:
+            print("interrupted", file=sys.stderr, flush=True)
+        raise SystemExit(EXIT_INTERRUPTED) from None
 
 
 def prepare_job(recipe: Recipe, argv: list[str]) -> Job:

@@ -183,6 +183,24 @@ def test_wrong_values(planned: Planner, path: str, value: Any, allowed: str) -> 
     assert by_override == found
 
 
+@pytest.mark.parametrize(
+    ("zero", "where"),
+    [
+        ({"stage": 3, "cpu_offload": True}, "cpu_offload"),
+        ({"stage": 3, "cpu_offload_params": True}, "cpu_offload_params"),
+        ({"stage": 0, "offload_optimizer": {"device": "cpu"}}, "offload_optimizer"),
+        ({"stage": 2, "offload_param": {"device": "cpu"}}, "offload_param"),
+        ({"stage": 3, "offload_param": {"device": "nvme"}}, "offload_param.nvme_path"),
+        ({"stage": 0, "offload_optimizer": {"device": "none"}, "offload_param": {}}, None),
+        ({"stage": 1, "offload_optimizer": {"device": "cpu"}}, None),
+        ({"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/nvme"}}, None),
+    ],
+)
+def test_offload(planned: Planner, zero: dict[str, Any], where: str | None) -> None:
+    _, problems = planned(GOOD | {"zero_optimization": zero})
+    assert [p.split(": ")[1] for p in problems] == ([f"zero_optimization.{where}"] if where else [])
+
+
 def test_one_precision_at_most(planned: Planner) -> None:
     _, (found,) = planned(GOOD | {"fp16": {"enabled": True}})
     assert "both are enabled" in found
