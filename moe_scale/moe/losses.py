@@ -41,11 +41,12 @@ def sequence_load_balance_loss(probs_TE: Tensor, ids_TK: Tensor, batch: int, val
     """
     num_experts, top_k = probs_TE.shape[1], ids_TK.shape[1]
     weight_T = probs_TE.new_ones(len(probs_TE)) if valid_T is None else valid_T.to(probs_TE.dtype)
-    weight_BS = weight_T.view(batch, -1)
+    seq_len = len(probs_TE) // max(batch, 1)
+    weight_BS = weight_T.view(batch, seq_len)
     tokens_B = weight_BS.sum(dim=1)
     chosen_TE = torch.zeros_like(probs_TE).scatter_(1, ids_TK, 1.0)
     per_token = torch.stack([chosen_TE.detach() / top_k, probs_TE]) * weight_T.unsqueeze(1)
-    share_BE, mean_BE = per_token.view(2, batch, -1, num_experts).sum(dim=2) / tokens_B.clamp(min=1).unsqueeze(1)
+    share_BE, mean_BE = per_token.view(2, batch, seq_len, num_experts).sum(dim=2) / tokens_B.clamp(min=1).unsqueeze(1)
     loss_B = num_experts * (share_BE * mean_BE).sum(dim=1)
     return loss_B.sum() / (tokens_B > 0).sum().clamp(min=1)
 

@@ -58,6 +58,14 @@ def detect(environ: Mapping[str, str] | None = None) -> Launch:
         local_world = _slurm_tasks_on_node(tasks_here, _number(env, "SLURM_NODEID", default=0))
         rank, local_rank = _number(env, "SLURM_PROCID"), _number(env, "SLURM_LOCALID")
         return _consistent(Launch(rank, world, local_rank, local_world, "srun"))
+    if env.get("OMPI_COMM_WORLD_SIZE", "1") != "1":
+        raise ConfigError(
+            Problem(
+                "OMPI_COMM_WORLD_SIZE",
+                f"{env['OMPI_COMM_WORLD_SIZE']} processes were started by mpirun without RANK and WORLD_SIZE",
+                "start the ranks with deepspeed, torchrun or srun",
+            )
+        )
     return Launch(0, 1, 0, 1, "none")
 
 

@@ -34,9 +34,14 @@ def describe(path: Path) -> dict[str, Any]:
         ConfigError: if the file cannot be read.
     """
     try:
-        return json.loads((path / MARKER).read_text(encoding="utf-8"))
+        said = json.loads((path / MARKER).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(Problem(str(path / MARKER), f"unreadable: {error}", this_host_only=True)) from None
+    if not (isinstance(said, dict) and isinstance(said.get("step"), int) and isinstance(said.get("layout"), dict)):
+        raise ConfigError(
+            Problem(str(path / MARKER), "damaged: it does not say a step and a layout", this_host_only=True)
+        )
+    return said
 
 
 def layout_problems(path: Path, layout: dict[str, Any]) -> list[Problem]:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_scale.errors import ConfigError, Problem
+from moe_scale.errors import ConfigError, DivergedError, Problem
 from moe_scale.moe.layer import update_selection_biases
 from moe_scale.parallel import device as devices
 from moe_scale.parallel import launch as launches
@@ -172,7 +172,7 @@ def _grad_norms(engine: Any, parts: dict[str, Any], stage: int, groups: Parallel
 def _stop_if_not_finite(record: dict[str, Any]) -> None:
     # An fp16 overflow shows in the gradients alone, and DeepSpeed skips that step by itself.
     if not math.isfinite(record["loss"]):
-        raise FloatingPointError(
+        raise DivergedError(
             f"the loss is {record['loss']} at step {record['step']}: lower --optim.lr or raise --optim.warmup_steps"
         )
 

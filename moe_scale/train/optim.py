@@ -97,15 +97,19 @@ def build_schedule(optimizer: torch.optim.Optimizer, config: RunConfig) -> torch
 
     optim = config.optim
     if optim.schedule == "wsd":
-        return optimization.get_wsd_schedule(
-            optimizer,
-            optim.warmup_steps,
-            config.wsd_decay_steps,
-            num_training_steps=config.max_steps,
-            min_lr_ratio=optim.min_lr_ratio,
-        )
+        # Not transformers' get_wsd_schedule: its warm-up starts at the last learning rate instead of at 0.
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _wsd_factor(step, config))
     if optim.schedule == "cosine":
         return optimization.get_cosine_with_min_lr_schedule_with_warmup(
             optimizer, optim.warmup_steps, config.max_steps, min_lr_rate=optim.min_lr_ratio
         )
     return optimization.get_constant_schedule_with_warmup(optimizer, optim.warmup_steps)
+
+
+def _wsd_factor(step: int, config: RunConfig) -> float:
+    """Warmup-stable-decay (arXiv 2404.06395): linear up from 0, level, then linear down to the last share."""
+    warmup, decay, last = config.optim.warmup_steps, config.wsd_decay_steps, config.optim.min_lr_ratio
+    if step < warmup:
+        return step / warmup
+    remaining = max(config.max_steps - step, 0)
+    return 1.0 if remaining >= decay else last + (1 - last) * remaining / decay

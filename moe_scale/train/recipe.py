@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import torch.distributed as dist
 
 from moe_scale.config import RunConfig, Scale
-from moe_scale.errors import ConfigError, Problem, exit_on_config_error, raise_if
+from moe_scale.errors import ConfigError, DivergedError, Problem, exit_on_config_error, raise_if
 from moe_scale.moe.backends.support import unsupported
 from moe_scale.parallel import device as devices
 from moe_scale.parallel import launch as launches
@@ -83,6 +84,10 @@ def main(recipe: Recipe, argv: Sequence[str] | None = None) -> None:
 
             train(job)
             dist.destroy_process_group()
+    except DivergedError as error:
+        if job.launch.is_main:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(1) from None
     except KeyboardInterrupt:
         if launches.detect().is_main:
             print("interrupted", file=sys.stderr, flush=True)
@@ -137,6 +142,8 @@ def prepare_job(recipe: Recipe, argv: list[str]) -> Job:
 def _resume(job: Job) -> tuple[Path | None, list[Problem]]:
     """The checkpoint to continue from, and what stands in the way of starting in ``output_dir``."""
     config, run_dir = job.config, Path(job.config.output_dir).expanduser()
+    if problem := _cannot_hold_a_run(run_dir):
+        return None, [Problem("output_dir", f"{run_dir} {problem}", "choose another folder", this_host_only=True)]
     if config.resume == "never":
         if (run_dir / "run.json").exists() or (run_dir / "metrics.jsonl").exists():
             return None, [
@@ -174,3 +181,15 @@ def _resume(job: Job) -> tuple[Path | None, list[Problem]]:
         return found, checkpoint.layout_problems(found, job.layout)
     except ConfigError as error:
         return None, error.problems
+
+
+def _cannot_hold_a_run(run_dir: Path) -> str:
+    """Why the folder cannot be made or written to; empty when it can."""
+    existing = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        return "is a file" if existing == run_dir else f"cannot be made: {existing} is a file"
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            return ""
+    except OSError as error:
+        return f"cannot be written: {error.strerror}"

@@ -190,7 +190,6 @@ def test_text_that_turns_out_to_be_blank(folder: Path, ranks: int) -> None:
     assert not list(folder.glob("cache/text/*/*")), "no half-made text"
 
 
-@pytest.mark.xfail(strict=True, reason="output_dir is not checked before the model is built")
 def test_output_dir_that_cannot_be_made(folder: Path) -> None:
     before = listing(folder)
     paths = ("--data.source", "docs", "--data.cache_dir", "cache", "--output_dir", "a file/below")

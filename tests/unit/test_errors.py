@@ -65,6 +65,7 @@ def leave(monkeypatch: pytest.MonkeyPatch, problems: list[Problem], **environ: s
         ({"RANK": "0", "SLURM_PROCID": "3"}, True),
         ({"RANK": "not a number"}, True),
         ({"RANK": ""}, True),
+        ({"RANK": "\u00b2"}, True),
     ],
 )
 def test_rank_0_prints_for_all(

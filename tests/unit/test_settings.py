@@ -136,7 +136,10 @@ def test_every_setting_has_help_and_is_taken_from_the_command_line() -> None:
         if isinstance(before, tuple):
             given, expected = "a=1", ("a=1",)
         elif type(before) in other:
-            choices = typing.get_args(leaf.annotation) if typing.get_origin(leaf.annotation) is Literal else ("text",)
+            given = {"True": "false"}.get(str(before), other[type(before)])
+            expected = type(before)({"false": 0, "true": 1}.get(given, given))
+        else:
+            choices = typing.get_args(leaf.annotation) if typing.get_origin(leaf.annotation) is Literal else ("other",)
             given = next(choice for choice in choices if choice != before)
             expected = given
         result = read(f"--{leaf.path}", given)

@@ -78,3 +78,13 @@ class AutoEPMoE(SparseLayer):
         routing = softmax_top_k(logits_TE, config.top_k, renormalize=config.renormalize)
         none_dropped = torch.zeros((), device=x_BSD.device)
         return y_BSD, make_stats(config, routing, none_dropped, len(x_BSD), valid_T), self.run_dense(x_BSD)
+
+
+def replace_block(model: nn.Module, config: MoEConfig) -> None:
+    """Let AutoEP replace the blocks of a model that no engine will wrap, all experts on this rank."""
+    from deepspeed.module_inject.auto_ep import AutoEP
+    from deepspeed.module_inject.auto_ep_config import parse_autoep_config
+
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    replacer = AutoEP(model, parse_autoep_config(ds_section(config, on_cpu=on_cpu)))
+    replacer.replace_moe_layers(replacer.ep_parser(), ep_size=1, ep_rank=0)

@@ -125,10 +125,7 @@ def rates(**optim: Any) -> list[float]:
     return found
 
 
-WSD_STARTS_HIGH = pytest.mark.xfail(strict=True, reason="transformers warms wsd up from min_lr_ratio instead of from 0")
-
-
-@pytest.mark.parametrize("schedule", ["cosine", pytest.param("wsd", marks=WSD_STARTS_HIGH), "constant"])
+@pytest.mark.parametrize("schedule", ["cosine", "wsd", "constant"])
 def test_warm_up(schedule: str) -> None:
     found = rates(schedule=schedule, warmup_steps=10)
     assert found[:11] == pytest.approx([step / 10 for step in range(11)])

@@ -1,0 +1,30 @@
+"""``moe-scale <tool>``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from moe_scale.errors import exit_on_config_error
+from moe_scale.telemetry.quiet import quiet
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the tool that the command line names."""
+    quiet()
+    from moe_scale.tools import bench
+
+    parser = argparse.ArgumentParser(prog="moe-scale", description="Tools around training mixture-of-experts models.")
+    tools = parser.add_subparsers(dest="tool", required=True, metavar="TOOL")
+    for name, module in {"bench": bench}.items():
+        summary = (module.__doc__ or "").strip().splitlines()[0].partition(": ")[2]
+        tool = tools.add_parser(name, help=summary, description=summary)
+        module.add_arguments(tool)
+        tool.set_defaults(run=module.run)
+    arguments = parser.parse_args(argv)
+    with exit_on_config_error():
+        arguments.run(arguments)
+
+
+if __name__ == "__main__":
+    main()
