@@ -169,7 +169,7 @@ class DecoderConfig(Strict):
     attention_gate: Literal["none", "elementwise", "headwise"] = setting(
         "elementwise", "sigmoid gate on the attention output before its projection (G1 of arXiv 2505.06708)"
     )
-    rope_theta: Annotated[float, Field(ge=1, le=1e12, allow_inf_nan=False)] = setting(
+    rope_theta: Annotated[float, Field(ge=0.1, le=1e12, allow_inf_nan=False)] = setting(
         10000.0, "base of the rotary position embedding"
     )
     norm_eps: PositiveFloat = setting(1e-5, "epsilon of every RMSNorm, QK-norm included")

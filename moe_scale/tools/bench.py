@@ -46,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--peers", nargs="+", choices=PEERS, default=DEFAULT_PEERS, help=f"what to time: {_list_peers()}"
     )
+    parser.add_argument("--rounds", type=int, default=15, help="counted rounds; the median is taken [%(default)s]")
     parser.add_argument("--warmup", type=int, default=3, help="rounds that are not counted [%(default)s]")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice [%(default)s]")
     parser.add_argument("--output_dir", default="", help="also write bench.json there")
