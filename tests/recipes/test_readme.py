@@ -58,6 +58,9 @@ def test_command_for_a_cpu_runs(command: str, tiny_flags: list[str], tmp_path: P
     flags = shlex.join([*tiny_flags, "--max_steps", "2", "--output_dir", str(tmp_path / "run")])
     if "--print_config" in command:
         flags = ""
+    if command.startswith("moe-scale bench"):
+        flags = "--tokens 32 --d_model 32 --intermediate_size 16 --num_experts 4 --rounds 1 --warmup 0"
+        flags += f" --output_dir {tmp_path}"
     if command.startswith("make"):
         # The installation that these tests run in serves; what is left is what the target does with it.
         venv = Path(sys.prefix)

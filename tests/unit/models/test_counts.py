@@ -26,7 +26,7 @@ def configs(gate: str, moe: dict[str, Any], head_dim: int = 0) -> tuple[DecoderC
     model = DecoderConfig(
         vocab_size=53, num_layers=3, d_model=24, num_heads=6, num_kv_heads=2, head_dim=head_dim, attention_gate=gate
     )
-    return model, MoEConfig(intermediate_size=7, **moe)
+    return model, MoEConfig(**{"intermediate_size": 7, **moe})
 
 
 def module_counts(model: DecoderConfig, moe: MoEConfig) -> tuple[dict[str, int], int]:
@@ -38,7 +38,10 @@ def module_counts(model: DecoderConfig, moe: MoEConfig) -> tuple[dict[str, int],
         if "norm" in name:
             part = "norms"
         elif ".moe." in name:
-            part = "router" if "router" in name else "experts"
+            inner = name.split(".moe.")[1].split(".")[0]
+            part = {"noise": "router", "mix": "router", "dense": "dense_ffn"}.get(
+                inner, "router" if "router" in name else "experts"
+            )
         else:
             part = "embedding" if "embedding" in name else "dense_ffn" if ".ffn." in name else "attention"
         parts[part] += parameter.numel()
@@ -55,6 +58,55 @@ def test_parameters_are_those_of_the_module(gate: str, moe: dict[str, Any], head
     assert {part: getattr(counts, part) for part in parts} == parts
     assert counts.total == sum(parts.values())
     assert num_active_params(*settings).total == active
+
+
+HALVES: tuple[dict[str, Any], ...] = ({}, {"shared_intermediate_size": 5}, {"residual": True})
+VARIANTS = [
+    {"num_experts": 4, "top_k": 2, "router": router, "activation": activation, "expert_bias": bias, **half}
+    | ({"dispatch": "capacity", "min_capacity": 1} if router == "expert_choice" else {})
+    for router, activation, bias, half in itertools.product(
+        ("softmax", "noisy", "sigmoid", "hash", "expert_choice"), ("swiglu", "gelu", "relu"), (False, True), HALVES
+    )
+]
+
+
+def variant_name(moe: dict[str, Any]) -> str:
+    half = "shared" if "shared_intermediate_size" in moe else "residual" if "residual" in moe else "no half"
+    return f"{moe['router']}, {moe['activation']}, {'bias' if moe['expert_bias'] else 'no bias'}, {half}"
+
+
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("moe", VARIANTS, ids=variant_name)
+def test_parameters_of_every_variant_are_those_of_the_module(moe: dict[str, Any], every: int) -> None:
+    """Every router, activation and dense half, with and without biases, in all layers and in every second one."""
+    settings = configs("elementwise", moe | {"every": every})
+    parts, active = module_counts(*settings)
+    counts = num_params(*settings)
+    assert {part: getattr(counts, part) for part in parts} == parts
+    assert num_active_params(*settings).total == active
+
+
+@pytest.mark.parametrize("half", HALVES, ids=["no half", "shared", "residual"])
+@pytest.mark.parametrize("backend", ["deepspeed", "autoep"])
+def test_parameters_of_the_other_backends_with_a_dense_half_are_those_of_the_module(
+    backend: str, half: dict[str, Any]
+) -> None:
+    model, moe = configs("elementwise", {"num_experts": 4, "top_k": 2, "backend": backend, **half})
+    with torch.device("meta"):
+        module = DecoderLM(model, moe)
+    assert num_params(model, moe).total == sum(p.numel() for p in module.parameters())
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "gelu", "relu"])
+@pytest.mark.parametrize("half", HALVES, ids=["no half", "shared", "residual"])
+def test_dense_layers_cost_about_what_sparse_ones_use(half: dict[str, Any], activation: str) -> None:
+    """Exactly with SwiGLU; else to the rounding of a width, of which a unit is three rows."""
+    moe = {"num_experts": 4, "top_k": 2, "intermediate_size": 8, "activation": activation, **half}
+    sparse, dense = configs("elementwise", moe), configs("elementwise", moe | {"enabled": False})
+    active = num_active_params(*sparse)
+    gap = num_params(*dense).total - (active.total - active.router)
+    model = sparse[0]
+    assert abs(gap) <= (0 if activation == "swiglu" else model.num_layers * 3 * model.d_model / 2)
 
 
 def test_parameters_of_lm_16l() -> None:
@@ -75,7 +127,19 @@ def test_dense_model_has_the_active_parameters_of_the_sparse_one() -> None:
 
 @pytest.mark.parametrize("gate", ["none", "headwise", "elementwise"])
 @pytest.mark.parametrize(
-    "moe", [{"num_experts": 5, "top_k": 2}, {"num_experts": 4, "top_k": 1, "every": 2}, {"enabled": False}]
+    "moe",
+    [
+        {"num_experts": 5, "top_k": 2},
+        {"num_experts": 4, "top_k": 1, "every": 2},
+        {"enabled": False},
+        {"num_experts": 4, "top_k": 2, "router": "noisy", "activation": "gelu", "residual": True},
+        {"num_experts": 4, "top_k": 2, "router": "sigmoid", "shared_intermediate_size": 5},
+        {"num_experts": 4, "top_k": 2, "router": "hash", "activation": "relu", "every": 2},
+        # 18 tokens in two sequences: 9 places an expert, none to spare.
+        {"num_experts": 4, "top_k": 2, "router": "expert_choice", "dispatch": "capacity", "min_capacity": 1},
+        {"num_experts": 4, "top_k": 2, "expert_bias": True},  # adding a bias is no matrix product
+        {"num_experts": 4, "top_k": 2, "expert_bias": True, "activation": "gelu", "every": 2},
+    ],
 )
 def test_flops_are_those_of_the_matrix_products(gate: str, moe: dict[str, Any]) -> None:
     settings = configs(gate, moe, head_dim=10)

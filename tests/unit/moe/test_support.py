@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from moe_scale.config import MoEConfig
-from moe_scale.moe.backends.support import unsupported
+from moe_scale.moe.backends.support import CUSTOM_ONLY, unsupported
 
 
 @pytest.mark.parametrize(
@@ -61,3 +61,61 @@ def test_something_can_do_everything() -> None:
         for backend in ("deepspeed", "autoep"):
             for problem in unsupported(replace(config, backend=backend), zero_stage=3):
                 assert "moe.backend custom" in problem.allowed
+
+
+# --- settings that only the custom backend follows
+
+OTHER_VALUES: dict[str, Any] = {
+    "router": "sigmoid", "router_temperature": 2.0, "router_jitter": 0.01, "expert_bias": True, "expert_dropout": 0.1,
+}  # fmt: skip
+
+
+def test_every_custom_only_setting_is_tested_and_a_default() -> None:
+    """The value that the other backends have is the default, so that naming one of them is enough."""
+    assert set(OTHER_VALUES) == set(CUSTOM_ONLY)
+    assert {name: getattr(MoEConfig(), name) for name in CUSTOM_ONLY} == CUSTOM_ONLY
+
+
+@pytest.mark.parametrize("backend", ["deepspeed", "autoep"])
+@pytest.mark.parametrize(("name", "value"), OTHER_VALUES.items())
+def test_custom_only_settings_are_refused_by_the_others(name: str, value: Any, backend: Any) -> None:
+    config = MoEConfig(**{name: value})
+    assert unsupported(config, zero_stage=3) == []
+    (problem,) = unsupported(replace(config, backend=backend), zero_stage=3)
+    assert problem.where == f"moe.{name}"
+    assert f"moe.backend = {backend}" in problem.what
+    assert str(value).lower() in problem.what
+    assert f"moe.{name} {str(CUSTOM_ONLY[name]).lower()}," in problem.allowed
+    assert "moe.backend custom" in problem.allowed
+    assert unsupported(replace(config, backend=backend, enabled=False), zero_stage=3) == []
+
+
+@pytest.mark.parametrize("backend", ["deepspeed", "autoep"])
+@pytest.mark.parametrize("router", ["noisy", "sigmoid", "hash", "expert_choice"])
+def test_every_router_but_softmax_is_refused_by_the_others(router: Any, backend: Any) -> None:
+    config = MoEConfig(router=router, backend=backend)
+    assert [problem.where for problem in unsupported(config, zero_stage=3)] == ["moe.router"]
+
+
+@pytest.mark.parametrize("backend", ["deepspeed", "autoep"])
+def test_everything_unsupported_is_reported_at_once(backend: Any) -> None:
+    found = unsupported(MoEConfig(backend=backend, **OTHER_VALUES), zero_stage=3)
+    assert [problem.where for problem in found] == [f"moe.{name}" for name in CUSTOM_ONLY]
+
+
+@pytest.mark.parametrize("backend", ["deepspeed", "autoep"])
+@pytest.mark.parametrize(
+    "changes",
+    [{"shared_intermediate_size": 8}, {"residual": True}, {"router_init_scale": 0.1}, {"bias_update_rate": 0.1},
+     {"aux_loss_scope": "sequence"}, {"aux_loss_scope": "global"}],
+)  # fmt: skip
+def test_dense_halves_and_losses_are_for_every_backend(backend: Any, changes: dict[str, Any]) -> None:
+    assert unsupported(MoEConfig(backend=backend, **changes), zero_stage=3) == []
+
+
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+def test_autoep_takes_swiglu_experts_alone(activation: Any) -> None:
+    config = MoEConfig(activation=activation)
+    (problem,) = unsupported(replace(config, backend="autoep"), zero_stage=3)
+    assert (problem.where, "deepspeed" in problem.allowed) == ("moe.activation", True)
+    assert unsupported(replace(config, backend="deepspeed"), zero_stage=3) == []
