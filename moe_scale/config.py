@@ -80,8 +80,9 @@ class MoEConfig(Strict):
     every: PositiveInt = setting(1, "every n-th layer is sparse, counted from the end of each group of n; 1 = all")
     router: Literal["softmax", "noisy", "sigmoid", "expert_choice", "hash"] = setting(
         "softmax",
-        "softmax; noisy (top-k of noised scores, arXiv 1701.06538); sigmoid (balanced by a selection bias instead of a "
-        "loss, arXiv 2408.15664); expert_choice (experts pick tokens, arXiv 2202.09368); hash (fixed, 2106.04426)",
+        "softmax; noisy (top-k of noised scores, arXiv 1701.06538); sigmoid (its selection bias evens the load; set "
+        "moe.aux_loss_weight 0 to rely on it alone, arXiv 2408.15664); expert_choice (experts pick tokens, arXiv "
+        "2202.09368); hash (fixed by the token's id, arXiv 2106.04426)",
     )
     router_temperature: PositiveFloat = setting(1.0, "the router's scores are divided by it")
     router_init_scale: PositiveFloat = setting(1.0, "factor on the initial router weights; Switch uses 0.1")
@@ -113,7 +114,9 @@ class MoEConfig(Strict):
         "whose load is balanced: one rank's micro-batch, each sequence, or the micro-batches of all ranks",
     )
     z_loss_weight: NonNegativeFloat = setting(0.001, "weight of the router z-loss mean(logsumexp(logits)^2)")
-    ep_size: PositiveInt = setting(1, "ranks that share one copy of the experts (expert parallelism)")
+    ep_size: NonNegativeInt = setting(
+        1, "ranks that share one copy of the experts (expert parallelism); 0 takes as many as a node's ranks allow"
+    )
 
     def problems(self, where: str) -> list[Problem]:
         found: list[Problem] = []
@@ -127,7 +130,7 @@ class MoEConfig(Strict):
                     f"choose 1 to {self.num_experts}",
                 )
             )
-        if self.num_experts % self.ep_size:
+        if self.ep_size and self.num_experts % self.ep_size:
             found.append(
                 Problem(
                     f"{where}.ep_size",
@@ -142,6 +145,10 @@ class MoEConfig(Strict):
                     f"true with {where}.shared_intermediate_size = {self.shared_intermediate_size}",
                     "choose a Residual MoE or a shared expert",
                 )
+            )
+        if not self.renormalize and self.router in ("noisy", "expert_choice", "hash"):
+            found.append(
+                Problem(f"{where}.renormalize", f"false with {where}.router = {self.router}", "it has no effect there")
             )
         if self.router == "expert_choice" and self.dispatch != "capacity":
             found.append(

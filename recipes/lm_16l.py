@@ -33,11 +33,11 @@ RECIPE = Recipe(
             "eval": {"every": 150, "max_tokens": 32_768},
         },
         "1gpu": {"deepspeed_config": "ds_configs/zero3_1gpu.json", **LARGE},
-        "1node": {"deepspeed_config": "ds_configs/zero3_1node.json", **LARGE, "moe": {"ep_size": 8}},
+        "1node": {"deepspeed_config": "ds_configs/zero3_1node.json", **LARGE, "moe": {"ep_size": 0}},
         "multinode": {
             "deepspeed_config": "ds_configs/zero3_multinode.json",
             **LARGE,
-            "moe": {"ep_size": 8},
+            "moe": {"ep_size": 0},
             "resume": "auto",
         },
     },

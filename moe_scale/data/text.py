@@ -242,6 +242,7 @@ class _StreamedLoader(TrainLoader):
                 prefetch_factor=_PREFETCHED_BATCHES,
                 collate_fn=_as_it_is,
                 multiprocessing_context="spawn",  # the parent may hold threads and a GPU
+                generator=torch.Generator(),  # or each start would draw a seed from the training's own generator
             )
         )
 

@@ -41,7 +41,8 @@ def forward_flops_per_token(model: DecoderConfig, moe: MoEConfig, seq_len: int) 
     weighted values 4*H*A FLOPs a visible token, of which a causal query sees (S + 1) / 2 on average.
     """
     active = num_active_params(model, moe)
-    weights = active.total - active.norms
+    sparse = sum(is_sparse(moe, layer) for layer in range(model.num_layers))
+    weights = active.total - active.norms - sparse * moe.top_k * _expert_biases(model, moe)
     visible = (seq_len + 1) / 2
     return 2 * weights + model.num_layers * 4 * model.num_heads * model.head_width * visible
 
@@ -58,9 +59,7 @@ def _params(model: DecoderConfig, moe: MoEConfig, experts_counted: int) -> Count
     sparse = sum(is_sparse(moe, layer) for layer in range(model.num_layers))
     scores = {"hash": 0, "noisy": 2}.get(moe.router, 1)
     matrices = 3 if moe.activation == "swiglu" else 2
-    expert = matrices * d_model * moe.intermediate_size
-    if moe.expert_bias:
-        expert += (matrices - 1) * moe.intermediate_size + d_model
+    expert = matrices * d_model * moe.intermediate_size + _expert_biases(model, moe)
     return Counts(
         embedding=model.vocab_size * d_model,
         attention=model.num_layers * attention,
@@ -70,3 +69,10 @@ def _params(model: DecoderConfig, moe: MoEConfig, experts_counted: int) -> Count
         + sparse * matrices * d_model * (moe.intermediate_size if moe.residual else moe.shared_intermediate_size),
         norms=model.num_layers * (2 * d_model + 2 * width) + d_model,
     )
+
+
+def _expert_biases(model: DecoderConfig, moe: MoEConfig) -> int:
+    """Biases of one expert."""
+    if not moe.expert_bias:
+        return 0
+    return (2 if moe.activation == "swiglu" else 1) * moe.intermediate_size + model.d_model

@@ -100,6 +100,7 @@ class DecoderLM(nn.Module):
         targets_BS: Tensor | None = None,
         document_ids_BS: Tensor | None = None,
         *,
+        padded: bool = True,
         want_sink: bool = False,
         last_only: bool = False,
     ) -> LMOutput | Tensor:
@@ -109,6 +110,8 @@ class DecoderLM(nn.Module):
             ids_BS: int64 token ids.
             targets_BS: int64 next tokens; -100 does not count.
             document_ids_BS: which document each token belongs to, -1 for padding; None is one document each row.
+            padded: whether ``document_ids_BS`` may hold padding; False where it is known to hold none spares the sparse
+                layers a wait for the device.
             want_sink: measure the attention sink (slow).
             last_only: without targets, logits of the last position alone.
 
@@ -119,7 +122,8 @@ class DecoderLM(nn.Module):
         rope = rope_tables(ids_BS.shape[1], self.config.head_width, self.config.rope_theta, ids_BS.device)
         mask = valid_BS = None
         if document_ids_BS is not None:
-            mask, valid_BS = attention_mask(document_ids_BS), document_ids_BS >= 0
+            mask = attention_mask(document_ids_BS)
+            valid_BS = document_ids_BS >= 0 if padded else None
 
         stats, sinks = [], []
         recompute = self.config.activation_checkpointing and torch.is_grad_enabled()

@@ -110,7 +110,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         grad_hidden, grad_weight = ctx.saved_tensors
         return (
-            grad_hidden * grads[0].to(grad_hidden.dtype),
+            (grad_hidden * grads[0].view(1, 1)).to(grad_hidden.dtype),
             (grad_weight * grads[0]).to(ctx.weight_dtype),
             None,
             None,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,11 @@ class DispatchPlan(NamedTuple):
     """int64 row of each token's choices, N for a choice that goes nowhere; None where experts choose tokens."""
     dropped: Tensor
     """int64 scalar: (token, choice) pairs of real tokens that found no place."""
+
+
+def count_ids(ids_N: Tensor, bins: int) -> Tensor:
+    """How often each of 0 .. bins - 1 occurs. int64, and unlike ``torch.bincount`` without a wait for the device."""
+    return ids_N.new_zeros(bins).scatter_add_(0, ids_N, torch.ones_like(ids_N))
 
 
 def capacity(num_tokens: int, top_k: int, num_experts: int, factor: float, minimum: int) -> int:
@@ -75,7 +80,7 @@ def plan_dispatch(
         dropped = over_N.sum()
         ids_N = torch.where(over_N, nowhere, ids_N)
     order = ids_N.argsort(stable=True)
-    counts_E = torch.bincount(ids_N, minlength=num_experts + 1)[:num_experts]
+    counts_E = count_ids(ids_N, num_experts + 1)[:num_experts]
     # Reading a count back makes the host wait for the device, so it is done only when some pair can go nowhere.
     some_stay = rows_per_expert is not None or valid_T is not None
     num_rows = int(counts_E.sum()) if some_stay else ids_N.numel()
@@ -108,7 +113,34 @@ def plan_expert_choice(
 
 def gather_rows(x_TD: Tensor, plan: DispatchPlan) -> Tensor:
     """The tokens' copies in the plan's order: x_ND."""
-    return x_TD.index_select(0, plan.token_N)
+    if plan.place_TK is None:
+        return x_TD.index_select(0, plan.token_N)
+    return _GatherRows.apply(x_TD, plan.token_N, plan.place_TK)
+
+
+class _GatherRows(torch.autograd.Function):
+    """``x_TD[token_N]``, whose gradient is a gather as well: each token sums its rows in one order and in fp32.
+
+    The usual gradient of a gather adds rows up by atomics on a GPU: in no fixed order, and in the precision of x.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, token_N: Tensor, place_TK: Tensor) -> Tensor:
+        ctx.save_for_backward(place_TK)
+        return x_TD.index_select(0, token_N)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (place_TK,) = ctx.saved_tensors
+        return _sum_places(grads[0], place_TK).to(grads[0].dtype), None, None
+
+
+def _sum_places(rows_ND: Tensor, place_TK: Tensor) -> Tensor:
+    """Each token's sum of the rows at its places, in fp32 or wider; the place N holds nothing. Returns [T, D]."""
+    if place_TK.numel() > len(rows_ND):
+        rows_ND = F.pad(rows_ND, (0, 0, 0, 1))
+    chosen_TKD = rows_ND.index_select(0, place_TK.flatten()).unflatten(0, place_TK.shape)
+    return chosen_TKD.sum(dim=1, dtype=torch.promote_types(rows_ND.dtype, torch.float32))
 
 
 def combine_rows(y_ND: Tensor, plan: DispatchPlan, num_tokens: int) -> Tensor:
@@ -120,10 +152,8 @@ def combine_rows(y_ND: Tensor, plan: DispatchPlan, num_tokens: int) -> Tensor:
     if plan.place_TK is None:
         total_TD = weighted_ND.new_zeros(num_tokens, y_ND.shape[1]).index_add(0, plan.token_N, weighted_ND)
     else:
-        # A gather where index_add would do: its order of addition is fixed, so a run repeats to the bit.
-        if plan.place_TK.numel() > len(y_ND):
-            weighted_ND = F.pad(weighted_ND, (0, 0, 0, 1))
-        total_TD = weighted_ND.index_select(0, plan.place_TK.flatten()).view(*plan.place_TK.shape, -1).sum(dim=1)
+        # A gather where index_add would do, for a fixed order of addition.
+        total_TD = _sum_places(weighted_ND, plan.place_TK)
     return total_TD.to(y_ND.dtype)
 
 
@@ -131,13 +161,12 @@ def _place_within_expert(ids_TK: Tensor, priority_TK: Tensor, num_experts: int, 
     """For each row n = t*K + k, how many rows of the same expert go before it."""
     num_tokens, top_k = ids_TK.shape
     if policy == "position":
-        priority_N = torch.arange(num_tokens * top_k, device=ids_TK.device).view(top_k, num_tokens).t().flatten()
-        by_priority_N = priority_N.argsort()
+        by_priority_N = torch.arange(num_tokens * top_k, device=ids_TK.device).view(num_tokens, top_k).t().flatten()
     else:
         by_priority_N = priority_TK.flatten().argsort(descending=True, stable=True)
     ids_N = ids_TK.flatten()[by_priority_N]
     by_expert_N = ids_N.argsort(stable=True)
-    counts = torch.bincount(ids_N, minlength=num_experts + 1)
+    counts = count_ids(ids_N, num_experts + 1)
     start_of_expert = counts.cumsum(0) - counts
     place_sorted_N = torch.arange(ids_N.numel(), device=ids_N.device) - start_of_expert[ids_N[by_expert_N]]
     place_N = torch.empty_like(place_sorted_N)

@@ -110,7 +110,8 @@ class _Finish(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, out_splits: list[int], in_splits: list[int], group: Any, trip: _Trip) -> Tensor:
         ctx.route, ctx.trip = (in_splits, out_splits, group), trip
-        trip.work.wait()
+        work, trip.work = trip.work, None  # the handle holds the rows as long as it lives
+        work.wait()
         return rows.view_as(rows)
 
     @staticmethod

@@ -10,14 +10,16 @@ import math
 import torch
 from torch import Tensor
 
+from moe_scale.moe.dispatch import count_ids
+
 
 def assignments_per_expert(ids_TK: Tensor, num_experts: int, valid_T: Tensor | None = None) -> Tensor:
     """How many (token, choice) pairs each expert was given, before any drop. Returns int64 counts_E."""
     ids_N = ids_TK.flatten()
     if valid_T is not None:
-        # Padding is counted in a bin of its own: selecting would make the host wait for the device.
+        # Padding is counted in a bin of its own: a selection would make the host wait for its size.
         ids_N = torch.where(valid_T.repeat_interleave(ids_TK.shape[1]), ids_N, num_experts)
-    return torch.bincount(ids_N, minlength=num_experts + 1)[:num_experts]
+    return count_ids(ids_N, num_experts + 1)[:num_experts]
 
 
 def load_balance_loss(probs_TE: Tensor, assignments_E: Tensor, valid_T: Tensor | None = None) -> Tensor:
@@ -28,7 +30,7 @@ def load_balance_loss(probs_TE: Tensor, assignments_E: Tensor, valid_T: Tensor |
     ``load_balancing_loss_func`` sums over the K choices instead of averaging, and so is K times this.
 
     With the assignments of all ranks it balances the global load (arXiv 2501.11873): the loss is linear in P_e, so
-    the average of the ranks' losses is the loss of the joined batch.
+    the average of the ranks' losses is the loss of the joined batch where ranks have equally many real tokens.
     """
     share_E = assignments_E.to(probs_TE.dtype) / assignments_E.sum().clamp(min=1)
     return probs_TE.shape[-1] * (share_E * _mean_over_tokens(probs_TE, valid_T)).sum()

@@ -90,9 +90,14 @@ def sigmoid_top_k(logits_TE: Tensor, bias_E: Tensor, top_k: int, *, renormalize:
     """
     gates_TE = logits_TE.sigmoid()
     ids_TK = (gates_TE + bias_E).topk(top_k, dim=-1).indices
-    weights_TK = gates_TE.gather(1, ids_TK)
-    probs_TE = gates_TE / gates_TE.sum(dim=-1, keepdim=True)
-    return Routing(logits_TE, probs_TE, ids_TK, _renormalized(weights_TK) if renormalize else weights_TK)
+    # exp(log gate) over their sum: dividing the gates is the same until all of them underflow, and then it is 0 / 0.
+    log_gates_TE = F.logsigmoid(logits_TE)
+    probs_TE = log_gates_TE.softmax(dim=-1)
+    if renormalize and top_k > 1:
+        weights_TK = log_gates_TE.gather(1, ids_TK).softmax(dim=-1)
+    else:
+        weights_TK = gates_TE.gather(1, ids_TK)
+    return Routing(logits_TE, probs_TE, ids_TK, weights_TK)
 
 
 def balanced_bias(bias_E: Tensor, load_E: Tensor, rate: float) -> Tensor:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import ctypes
 import logging
 import os
 import resource
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +19,8 @@ from moe_scale.parallel.launch import Launch
 
 def accelerator():
     """DeepSpeed's accelerator object; on a machine without one, the CPU."""
+    if "deepspeed" in sys.modules:
+        return sys.modules["deepspeed"].accelerator.get_accelerator()
     logger = logging.getLogger("DeepSpeed")
     level = logger.level
     logger.setLevel(logging.ERROR)  # "Setting accelerator to CPU" is no news on a machine without one
@@ -73,6 +77,25 @@ def peak_memory_bytes(device: Device) -> int:
         return int(accelerator().max_memory_allocated())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def rng_states() -> dict[str, str]:
+    """The states of this rank's random generators, as text: the host's, and the device's where it has its own."""
+    states = {"cpu": torch.get_rng_state()}
+    found = accelerator()
+    if found.device_name() != "cpu":
+        states["device"] = found.get_rng_state()
+    return {name: base64.b64encode(state.cpu().numpy().tobytes()).decode() for name, state in states.items()}
+
+
+def set_rng_states(states: Mapping[str, str]) -> None:
+    """Put back what :func:`rng_states` gave."""
+    for name, text in states.items():
+        state = torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+        if name == "cpu":
+            torch.set_rng_state(state)
+        else:
+            accelerator().set_rng_state(state)
 
 
 def keep_freed_memory() -> bool:

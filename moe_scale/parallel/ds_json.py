@@ -132,6 +132,9 @@ def plan(config: RunConfig, launch: Launch, device: Device) -> tuple[DeepSpeedPl
     resolved["gradient_accumulation_steps"] = grad_accum
     resolved["train_batch_size"] = micro_batch * grad_accum * launch.world_size
     resolved.setdefault("gradient_clipping", 1.0)
+    if precision == "bf16" and stage > 0 and grad_accum > 1:
+        # DeepSpeed's default adds micro-batches up in bf16, whose 8 bits lose what the later ones contribute.
+        resolved.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
     resolved.setdefault("steps_per_print", 2**31 - 1)  # the run has its own progress line
     if config.optim.name == "adamw8bit":
         resolved["zero_allow_untested_optimizer"] = True

@@ -14,7 +14,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn import Parameter
 
 from moe_scale.errors import ConfigError, Problem
@@ -49,12 +48,18 @@ def init_distributed(timeout_minutes: float = 30.0) -> None:
     """Bring up the default process group from RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; once per process."""
     import deepspeed
     import deepspeed.ops
+    from deepspeed.accelerator import get_accelerator
 
     # On a CPU, DeepSpeed compiles a shared-memory collective on first use: one to two silent minutes, and a compiler
     # on PATH, for what gloo does as well at these sizes.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if deepspeed.comm.is_initialized():
         return
+    accelerator = get_accelerator()
+    if accelerator.device_name() != "cpu" and accelerator.device_count() > 1:
+        # Before the first collective: object collectives put their tensors on the current device. A rank that sees
+        # one device alone (srun --gpus-per-task=1) has nothing to choose.
+        accelerator.set_device(int(os.environ["LOCAL_RANK"]))
     try:
         deepspeed.init_distributed(
             timeout=datetime.timedelta(minutes=timeout_minutes), auto_mpi_discovery=False, verbose=False
@@ -141,16 +146,6 @@ def sharded_construction(ds_json: Mapping[str, Any], *, enabled: bool) -> Iterat
         yield
 
 
-@contextlib.contextmanager
-def gathered(parameters: Iterable[Parameter]) -> Iterator[None]:
-    """Whole parameters for reading inside the context; all ranks must enter it together."""
-    import deepspeed
-
-    sharded = [p for p in parameters if hasattr(p, "ds_id")]
-    with deepspeed.zero.GatheredParameters(sharded, enabled=bool(sharded)):
-        yield
-
-
 def full_shape(parameter: Parameter) -> torch.Size:
     """The parameter's shape before ZeRO-3 sharded it (for an expert-parallel one: this rank's experts)."""
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
@@ -168,7 +163,7 @@ def squared_grad_norms(
     from deepspeed.accelerator import get_accelerator
     from deepspeed.utils import safe_get_full_grad, safe_get_local_grad
 
-    scale = float(getattr(engine.optimizer, "loss_scale", 1.0) or 1.0)
+    scale = loss_scale(engine)
     device = get_accelerator().current_device_name()
     sums = torch.zeros(len(parts), dtype=torch.float64, device=device)
     for index, parameters in enumerate(parts.values()):
@@ -185,21 +180,15 @@ def squared_grad_norms(
     return dict(zip(parts, sums.tolist(), strict=True))
 
 
-def global_grad_norm(engine: Any) -> float | None:
-    """The gradient norm of the last step as DeepSpeed computed it; None where it computes none (stage 0, 1 rank)."""
-    norm = engine.get_global_grad_norm()
-    return None if norm is None else float(norm)
-
-
 def last_step_was_skipped(engine: Any) -> bool:
     """Whether the last optimizer step was left out because of an fp16 overflow."""
     return bool(getattr(engine.optimizer, "overflow", False))
 
 
+def loss_scale(engine: Any) -> float:
+    """The factor that fp16 training multiplies the loss with; 1 in other precisions."""
+    return float(getattr(engine.optimizer, "loss_scale", 1.0) or 1.0)
+
+
 def _group_name(ep_size: int) -> str:
     return f"ep_size_{ep_size}"
-
-
-def total_parameters(module: nn.Module) -> int:
-    """Parameters that this rank's module would hold were nothing sharded by ZeRO."""
-    return sum(full_shape(p).numel() for p in module.parameters())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import math
@@ -158,3 +159,11 @@ def ends_mid_line(path: Path) -> bool:
             return False
         file.seek(-1, os.SEEK_END)
         return file.read(1) != b"\n"
+
+
+def keep_earlier_metrics(run_dir: Path) -> None:
+    """Set a metrics file aside, under the first free number, that a start from the beginning would empty."""
+    path = run_dir / "metrics.jsonl"
+    if path.exists() and path.stat().st_size:
+        number = next(n for n in itertools.count(1) if not (run_dir / f"metrics.{n}.jsonl").exists())
+        path.rename(run_dir / f"metrics.{number}.jsonl")

@@ -7,16 +7,15 @@ was cut off while it was written, and is never loaded.
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from moe_scale.errors import ConfigError, Problem
+from moe_scale.parallel.device import rng_states, set_rng_states
 
 MARKER = "checkpoint.json"
 
@@ -65,8 +64,7 @@ def save(
     path = run_dir / "checkpoints" / f"step_{step:08d}"
     engine.save_checkpoint(str(path.parent), tag=path.name, client_state={"step": step})
     rank = dist.get_rank()
-    rng = base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode()
-    _write(path / f"rank_{rank:05d}.json", {"data": data_state, "rng": rng})
+    _write(path / f"rank_{rank:05d}.json", {"data": data_state, "rng": rng_states()})
     dist.barrier()
     if rank == 0:
         _write(path / MARKER, {"format": 1, "step": step, "tokens": tokens, "layout": layout})
@@ -84,7 +82,7 @@ def load(engine: Any, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if loaded is None:
         raise ConfigError(Problem(str(path), "DeepSpeed found no checkpoint in it", this_host_only=True))
     mine = json.loads((path / f"rank_{dist.get_rank():05d}.json").read_text(encoding="utf-8"))
-    torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(mine["rng"])), dtype=torch.uint8))
+    set_rng_states(mine["rng"])
     return describe(path), mine["data"]
 
 

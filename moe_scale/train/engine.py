@@ -11,7 +11,7 @@ from torch import nn
 from moe_scale.config import RunConfig
 from moe_scale.moe.backends.autoep import ds_section
 from moe_scale.parallel import zero
-from moe_scale.parallel.device import Device
+from moe_scale.parallel.device import Device, current
 from moe_scale.parallel.ds_json import DeepSpeedPlan
 from moe_scale.train.optim import build_optimizer, build_schedule
 
@@ -36,12 +36,13 @@ def build_engine(build_model: Callable[[], nn.Module], config: RunConfig, plan: 
     if config.moe.enabled and config.moe.backend == "autoep":
         ds_json["expert_parallel"] = ds_section(config.moe, on_cpu=device.is_cpu)
 
-    with zero.sharded_construction(ds_json, enabled=plan.stage == 3 and config.zero_init):
+    # On the device at every stage, as zero.Init does: a generator draws other numbers on another kind of device.
+    with torch.device(current()), zero.sharded_construction(ds_json, enabled=plan.stage == 3 and config.zero_init):
         model = build_model()
     # Callables, because AutoEP swaps modules first and the optimizer must hold what is then there.
     engine, *_ = deepspeed.initialize(
         model=model,
-        optimizer=lambda _: build_optimizer(model, config.optim),
+        optimizer=lambda _: build_optimizer(model, config.optim, fused=not device.is_cpu and not plan.offload),
         lr_scheduler=lambda optimizer: build_schedule(optimizer, config),
         config=ds_json,
         dist_init_required=False,

@@ -10,7 +10,7 @@ import torch
 
 from moe_scale.config import LMConfig
 from moe_scale.data.sources import check_source
-from moe_scale.data.text import Batch, TrainLoader, eval_batches, open_text, train_loader
+from moe_scale.data.text import Batch, StreamedText, TrainLoader, eval_batches, open_text, train_loader
 from moe_scale.data.tokenizer import load_tokenizer
 from moe_scale.errors import ConfigError, Problem
 from moe_scale.evaluate.generate import sample
@@ -49,7 +49,9 @@ class LanguageModelTask(Task):
         return found
 
     def prepare(self, say: Callable[[str], None]) -> None:
-        open_text(self.config.data, load_tokenizer(self.config.data.tokenizer), say)
+        text = open_text(self.config.data, load_tokenizer(self.config.data.tokenizer), say)
+        if isinstance(text, StreamedText):
+            text.heldout(self.config.eval.max_tokens, say)  # stored now, not while all ranks wait at an evaluation
 
     def open(self, *, micro_batch: int, rank: int, world_size: int) -> None:
         self.rank, self.world_size, self.micro_batch = rank, world_size, micro_batch
@@ -76,10 +78,9 @@ class LanguageModelTask(Task):
         # Sequences that lie inside one document need no mask, and attention without one is faster. Decided here,
         # where the ids are still on the host.
         one_document = bool((batch.document_ids_BS == 0).all())
-        documents = None if one_document else batch.document_ids_BS.to(where, non_blocking=True)
-        return engine(
-            batch.ids_BS.to(where, non_blocking=True), batch.targets_BS.to(where, non_blocking=True), documents
-        )
+        documents = None if one_document else batch.document_ids_BS.to(where)
+        padded = bool((batch.document_ids_BS < 0).any())
+        return engine(batch.ids_BS.to(where), batch.targets_BS.to(where), documents, padded=padded)
 
     def evaluate(self, engine: Any) -> dict[str, Any]:
         config = self.config

@@ -49,7 +49,9 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        decays = len(full_shape(parameter)) >= 2 and part_of(name) != "embedding"
+        # Experts' biases are stacked to two dimensions and are vectors all the same.
+        is_matrix = len(full_shape(parameter)) >= 2 and not name.endswith("bias")
+        decays = is_matrix and part_of(name) != "embedding"
         expert_group = expert_group_name(parameter)
         if (decays, expert_group) not in groups:
             label = expert_group or ("decayed" if decays else "undecayed")
@@ -63,19 +65,25 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return list(groups.values())
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW over :func:`parameter_groups`: torch's, or bitsandbytes' with 8-bit moments."""
+def build_optimizer(model: nn.Module, config: OptimConfig, *, fused: bool = False) -> torch.optim.Optimizer:
+    """AdamW over :func:`parameter_groups`: torch's, or bitsandbytes' with 8-bit moments.
+
+    Args:
+        fused: let torch update in one kernel, without temporaries of the size of the parameters.
+    """
     groups = parameter_groups(model, config.weight_decay)
     common: dict[str, Any] = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
     if config.name == "adamw8bit":
         from bitsandbytes.optim import AdamW8bit
 
         return AdamW8bit(groups, **common)
-    return torch.optim.AdamW(groups, **common)
+    return torch.optim.AdamW(groups, **common, fused=fused)
 
 
-def optimizer_problems(config: OptimConfig) -> list[Problem]:
-    """Whether what ``config.name`` needs is installed."""
+def optimizer_problems(config: OptimConfig, *, offload: bool = False) -> list[Problem]:
+    """Whether what ``config.name`` needs is there."""
+    if config.name == "adamw8bit" and offload:
+        return [Problem("optim.name", "adamw8bit with an optimizer on the host", "use adamw, or do not offload")]
     if config.name == "adamw8bit":
         try:
             import bitsandbytes  # noqa: F401

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -20,13 +21,16 @@ from moe_scale.parallel import zero
 from moe_scale.parallel.device import Device
 from moe_scale.parallel.ds_json import DeepSpeedPlan, plan
 from moe_scale.parallel.launch import Launch
-from moe_scale.settings import read_settings, to_yaml
+from moe_scale.settings import read_settings, to_dict, to_yaml
 from moe_scale.telemetry.quiet import quiet
 from moe_scale.train import checkpoint
 from moe_scale.train.optim import optimizer_problems
 from moe_scale.train.task import Task
 
 EXIT_INTERRUPTED = 130
+
+MAY_CHANGE = ("activation_checkpointing", "loss_chunk_tokens")
+"""Settings of the model that change how it is computed and nothing that a checkpoint holds."""
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 
@@ -62,15 +66,31 @@ class Job:
     argv: list[str]
 
     @property
+    def run_dir(self) -> Path:
+        """The folder of the run."""
+        return Path(self.config.output_dir).expanduser()
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one optimizer step over all ranks."""
+        sequences = self.plan.micro_batch * self.plan.grad_accum * self.launch.world_size
+        return sequences * self.task.tokens_per_sequence
+
+    @property
     def layout(self) -> dict[str, Any]:
-        """How the run is spread over ranks: what DeepSpeed's checkpoint files depend on."""
+        """What a checkpoint's files depend on: how the run is spread over ranks, its model and its optimizer."""
+        settings = to_dict(self.config)
+        sections = {name: settings[name] for name in ("model", "moe", "optim") if name in settings}
         return {
             "ranks": self.launch.world_size,
-            "moe.ep_size": self.config.moe.ep_size,
             "zero_optimization.stage": self.plan.stage,
-            "moe.backend": self.config.moe.backend,
             "precision": self.plan.precision,
-            "optim.name": self.config.optim.name,
+            **{
+                f"{section}.{name}": value
+                for section, values in sections.items()
+                for name, value in values.items()
+                if name not in MAY_CHANGE
+            },
         }
 
 
@@ -125,8 +145,11 @@ def prepare_job(recipe: Recipe, argv: list[str]) -> Job:
         raise SystemExit(0)
 
     problems = list(settings.problems)
-    ds_plan, ds_problems = plan(config, launch, device)
-    problems += ds_problems + unsupported(config.moe, zero_stage=ds_plan.stage) + optimizer_problems(config.optim)
+    ds_plan, ds_problems = plan(_with_ep_size(config, config.moe.ep_size or 1), launch, device)
+    if config.moe.ep_size == 0:
+        config = _with_ep_size(config, _widest_ep_size(config, ds_plan, launch))
+    problems += ds_problems + unsupported(config.moe, zero_stage=ds_plan.stage, on_cpu=device.is_cpu)
+    problems += optimizer_problems(config.optim, offload=ds_plan.offload)
     try:
         zero.check_version()
     except ConfigError as error:
@@ -139,9 +162,19 @@ def prepare_job(recipe: Recipe, argv: list[str]) -> Job:
     return replace(job, resume_from=resume_from)
 
 
+def _with_ep_size(config: Any, ep_size: int) -> Any:
+    return replace(config, moe=replace(config.moe, ep_size=ep_size))
+
+
+def _widest_ep_size(config: RunConfig, plan: DeepSpeedPlan, launch: Launch) -> int:
+    """The most ranks of one node that can share the experts, as far as sharding allows expert parallelism at all."""
+    spreads = plan.stage == 3 and plan.json.get("zero_optimization", {}).get("zero_hpz_partition_size", 1) == 1
+    return math.gcd(config.moe.num_experts, launch.local_world_size) if spreads else 1
+
+
 def _resume(job: Job) -> tuple[Path | None, list[Problem]]:
     """The checkpoint to continue from, and what stands in the way of starting in ``output_dir``."""
-    config, run_dir = job.config, Path(job.config.output_dir).expanduser()
+    config, run_dir = job.config, job.run_dir
     if problem := _cannot_hold_a_run(run_dir):
         return None, [Problem("output_dir", f"{run_dir} {problem}", "choose another folder", this_host_only=True)]
     if config.resume == "never":

@@ -22,6 +22,8 @@ class Batches(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
+    def close(self) -> None: ...
+
 
 class Task(abc.ABC):
     """One kind of training job. The loop calls the methods in the order in which they stand here."""

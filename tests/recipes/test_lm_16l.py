@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from moe_scale.config import SCALES
+from moe_scale.errors import ConfigError
 from moe_scale.models.counts import num_active_params, num_params
 from moe_scale.parallel import device as devices
 from moe_scale.parallel import launch as launches
@@ -109,3 +110,39 @@ def test_what_a_run_leaves_and_what_resuming_continues(tiny_flags: list[str], tm
     assert [(r["step"], r["loss"], r["grad_norm"], r["lr"]) for r in again] == [
         (r["step"], r["loss"], r["grad_norm"], r["lr"]) for r in steps["whole"]
     ]
+
+
+@pytest.mark.parametrize(("ranks", "expected"), [((4, 4), 4), ((6, 6), 2), ((16, 8), 8), ((3, 3), 1)])
+def test_experts_spread_over_what_a_node_has(
+    ranks: tuple[int, int], expected: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(launches, "detect", lambda: launches.Launch(0, ranks[0], 0, ranks[1], "env"))
+    monkeypatch.setattr(devices, "detect", lambda: devices.Device("cuda", "a device", bf16=True, fp16=True))
+    out = ["--output_dir", str(tmp_path / "run")]
+    assert prepare_job(RECIPE, out).config.moe.ep_size == expected
+    unsharded = [*out, "--deepspeed_config", "ds_configs/zero1_1node.json"]
+    assert prepare_job(RECIPE, unsharded).config.moe.ep_size == 1, "ZeRO-1 has no expert parallelism"
+
+
+def test_a_checkpoint_of_other_settings_is_refused(tiny_flags: list[str], tmp_path: Path) -> None:
+    out = ["--output_dir", str(tmp_path / "run")]
+    job = prepare_job(RECIPE, [*tiny_flags, *out])
+    folder = tmp_path / "run" / "checkpoints" / "step_00000002"
+    folder.mkdir(parents=True)
+    (folder / "checkpoint.json").write_text(json.dumps({"format": 1, "step": 2, "tokens": 1, "layout": job.layout}))
+    assert prepare_job(RECIPE, [*tiny_flags, *out, "--resume", "must", "--max_steps", "9"]).resume_from == folder
+    changed = ["--optim.lr", "0.5", "--model.d_model", "64", "--moe.top_k", "1"]
+    with pytest.raises(ConfigError) as refused:
+        prepare_job(RECIPE, [*tiny_flags, *out, "--resume", "must", *changed])
+    assert {p.where for p in refused.value.problems} == {
+        "resume: optim.lr",
+        "resume: model.d_model",
+        "resume: moe.top_k",
+    }
+
+
+def test_gradients_of_several_micro_batches_add_up_in_fp32(tiny_flags: list[str], tmp_path: Path) -> None:
+    flags = [*tiny_flags, "--output_dir", str(tmp_path / "run"), "--deepspeed_override", "bf16.enabled=true"]
+    assert "data_types" not in prepare_job(RECIPE, flags).plan.json, "one micro-batch is no sum"
+    several = prepare_job(RECIPE, [*flags, "gradient_accumulation_steps=4"]).plan.json
+    assert several["data_types"] == {"grad_accum_dtype": "fp32"}

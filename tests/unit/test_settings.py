@@ -250,7 +250,7 @@ def test_lists(tmp_path: Path) -> None:
 
 
 def test_all_problems_at_once(tmp_path: Path) -> None:
-    text = "moe: {topk: 2, ep_size: 0}\nmodel: 7\nmax_steps: abc"
+    text = "moe: {topk: 2, ep_size: -1}\nmodel: 7\nmax_steps: abc"
     argv = ["--optim.lr", "fast", "--foo", "1", "--moe.top_k", "99", "--data.seq_len", "--seed", "x", "stray"]
     found = problems(*argv, yaml_text=text, folder=tmp_path)
     where = {line.split(":")[0] for line in found}

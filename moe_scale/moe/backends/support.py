@@ -15,12 +15,20 @@ CUSTOM_ONLY = {
 """Settings that only the custom backend follows, with the value that the others have."""
 
 
-def unsupported(config: MoEConfig, *, zero_stage: int) -> list[Problem]:
+def unsupported(config: MoEConfig, *, zero_stage: int, on_cpu: bool = True) -> list[Problem]:
     """What ``config.backend`` cannot do of what is asked, each with the backend that can."""
     found: list[Problem] = []
     if not config.enabled:
         return found
     backend, where = config.backend, "moe.backend"
+    if not on_cpu and backend != "deepspeed" and config.intermediate_size % 8:
+        found.append(
+            Problem(
+                "moe.intermediate_size",
+                f"{config.intermediate_size}",
+                "the grouped matrix product of a GPU wants rows of 16 bytes: choose a multiple of 8",
+            )
+        )
     if backend != "custom":
         for name, value in CUSTOM_ONLY.items():
             given = getattr(config, name)

@@ -24,9 +24,30 @@ def grouped_linear(x_RI: Tensor, w_LOI: Tensor, counts_L: Tensor) -> Tensor:
         y_RO in the type of ``x_RI``.
     """
     if x_RI.device.type != "cpu" and x_RI.dtype in (torch.bfloat16, torch.float16):
-        ends_L = counts_L.cumsum(0).to(torch.int32)
-        return F.grouped_mm(x_RI, w_LOI.transpose(1, 2), offs=ends_L)
+        return GroupedMM.apply(x_RI, w_LOI, counts_L.cumsum(0).to(torch.int32))
     return _LoopedLinear.apply(x_RI, w_LOI, counts_L.tolist())
+
+
+class GroupedMM(torch.autograd.Function):
+    """torch's grouped matrix product, which reads the group ends on the device: the host waits for nothing.
+
+    A Function of its own so that the parameter itself is what is saved. Left to autograd that would be a transposed
+    view of it, whose memory ZeRO-3 cannot take back when it releases the gathered parameter after the forward pass.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_RI: Tensor, w_LOI: Tensor, ends_L: Tensor) -> Tensor:
+        ctx.save_for_backward(x_RI, w_LOI, ends_L)
+        return F.grouped_mm(x_RI, w_LOI.transpose(1, 2), offs=ends_L)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x_RI, w_LOI, ends_L = ctx.saved_tensors
+        grad_RO = grads[0].contiguous()
+        grad_x = F.grouped_mm(grad_RO, w_LOI, offs=ends_L) if ctx.needs_input_grad[0] else None
+        grad_w = F.grouped_mm(grad_RO.t(), x_RI, offs=ends_L) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_w, None
 
 
 class _LoopedLinear(torch.autograd.Function):
@@ -48,6 +69,7 @@ class _LoopedLinear(torch.autograd.Function):
         return y_RO
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (grad_RO,) = grads
         x_RI, w_LOI = ctx.saved_tensors

@@ -197,3 +197,16 @@ def test_a_missing_bitsandbytes_is_a_problem_of_this_host(monkeypatch: pytest.Mo
     assert found.this_host_only
     assert "pip install bitsandbytes" in found.allowed
     assert optimizer_problems(OptimConfig()) == []
+
+
+def test_biases_of_experts_do_not_decay() -> None:
+    """They are vectors, although stacking them over the experts makes a tensor of two dimensions."""
+    made = DecoderLM(DECODER, MoEConfig(num_experts=4, intermediate_size=8, expert_bias=True))
+    names = {id(parameter): name for name, parameter in made.named_parameters()}
+    decayed, undecayed = (
+        {names[id(p)] for group in parameter_groups(made, 0.1) if bool(group["weight_decay"]) == decays
+         for p in group["params"]}
+        for decays in (True, False)
+    )  # fmt: skip
+    assert {name for name in names.values() if name.endswith("_bias")} <= undecayed
+    assert {name for name in names.values() if name.endswith(("gate_up", "down", "router.weight"))} <= decayed
