@@ -12,18 +12,22 @@ from moe_scale.telemetry.quiet import quiet
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the tool that the command line names."""
     quiet()
-    from moe_scale.tools import bench
+    from moe_scale.tools import bench, compare
 
     parser = argparse.ArgumentParser(prog="moe-scale", description="Tools around training mixture-of-experts models.")
     tools = parser.add_subparsers(dest="tool", required=True, metavar="TOOL")
-    for name, module in {"bench": bench}.items():
+    for name, module in {"bench": bench, "compare": compare}.items():
         summary = (module.__doc__ or "").strip().splitlines()[0].partition(": ")[2]
-        tool = tools.add_parser(name, help=summary, description=summary)
+        tool = tools.add_parser(name, help=summary, description=summary, allow_abbrev=False)
         module.add_arguments(tool)
-        tool.set_defaults(run=module.run)
-    arguments = parser.parse_args(argv)
+    arguments, rest = parser.parse_known_args(argv)
     with exit_on_config_error():
-        arguments.run(arguments)
+        if arguments.tool == "compare":
+            compare.run(arguments, rest)
+        elif rest:
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        else:
+            bench.run(arguments)
 
 
 if __name__ == "__main__":

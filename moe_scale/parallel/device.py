@@ -79,6 +79,12 @@ def peak_memory_bytes(device: Device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def reset_peak_memory(device: Device) -> None:
+    """Begin :func:`peak_memory_bytes` anew on an accelerator; a process on a CPU has one peak for good."""
+    if not device.is_cpu:
+        accelerator().reset_peak_memory_stats()
+
+
 def rng_states() -> dict[str, str]:
     """The states of this rank's random generators, as text: the host's, and the device's where it has its own."""
     states = {"cpu": torch.get_rng_state()}

@@ -82,7 +82,9 @@ def test_command_for_a_cpu_runs(command: str, tiny_flags: list[str], tmp_path: P
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "Traceback" not in done.stderr
-    if "recipes/" in command and "--print_config" not in command:
+    if "compare" in command:
+        assert (tmp_path / "run" / "compare.json").is_file()
+    elif "recipes/" in command and "--print_config" not in command:
         assert (tmp_path / "run" / "metrics.jsonl").is_file()
     if command.startswith("make") and " train " in command:
         assert "held-out loss" in done.stdout
