@@ -11,7 +11,7 @@ import pytest
 
 from tests.cluster.hosts import Cluster, reason_to_skip
 from tests.cluster.slurm import Slurm
-from tests.distributed.test_same_curve import Curve, Runs, assert_same
+from tests.curves import Curve, Runs, assert_same
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.cluster

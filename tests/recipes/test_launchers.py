@@ -21,7 +21,7 @@ import psutil
 import pytest
 import torch
 
-from tests.distributed.test_same_curve import Curve, Runs, assert_same
+from tests.curves import Curve, Runs, assert_same
 from tests.ranks import REPO, free_port
 
 pytestmark = pytest.mark.slow
@@ -133,13 +133,13 @@ def one_process(runs: Runs) -> Curve:
 def test_deepspeed(runs: Runs, one_process: Curve) -> None:
     launcher = [str(BIN / "deepspeed"), "--num_accelerators", "2", "--master_port", str(free_port())]
     curve = train(runs, "deepspeed", [*launcher, *flags(runs, "deepspeed", 2, "--moe.ep_size", "2")])
-    assert_same({"deepspeed": curve}, one_process, tolerance=1e-4)
+    assert_same({"deepspeed": curve}, one_process, loss=1e-4)
 
 
 def test_torchrun(runs: Runs, one_process: Curve) -> None:
     launcher = [str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", str(free_port())]
     curve = train(runs, "torchrun", [*launcher, *flags(runs, "torchrun", 2)])
-    assert_same({"torchrun": curve}, one_process, tolerance=1e-4)
+    assert_same({"torchrun": curve}, one_process, loss=1e-4)
 
 
 def test_an_interrupt_stops_all_ranks(runs: Runs) -> None:

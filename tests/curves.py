@@ -1,0 +1,72 @@
+"""A tiny training run to be started in many ways, and how two of its curves are held against each other."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tests.ranks import REPO, run_ranks
+
+STEPS = 20
+TINY = """
+max_steps: 20
+model: {num_layers: 2, d_model: 32, num_heads: 4, num_kv_heads: 2, vocab_size: 50304}
+moe: {num_experts: 4, intermediate_size: 16}
+data: {seq_len: 32, num_workers: 0}
+optim: {warmup_steps: 2, lr: 0.003}
+eval: {every: 0, max_tokens: 256, sample_tokens: 0}
+telemetry: {every: 1, tensorboard: false, wandb: "off"}
+"""
+DS_JSON = {"train_micro_batch_size_per_gpu": 2, "gradient_clipping": 0.5, "zero_optimization": {"stage": 3}}
+SEQUENCES_PER_STEP = 8
+
+Curve = list[tuple[float, float]]
+
+
+class Runs:
+    """Command lines and results of runs that share a model, data and the sequences of each step."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        (folder / "tiny.yaml").write_text(TINY)
+        (folder / "ds.json").write_text(json.dumps(DS_JSON))
+
+    def argv(
+        self, name: str, world_size: int, *, stage: int, ds: tuple[str, ...] = (), extra: tuple[str, ...] = ()
+    ) -> list[str]:
+        accum = SEQUENCES_PER_STEP // (DS_JSON["train_micro_batch_size_per_gpu"] * world_size)
+        return [
+            "--config",
+            str(self.folder / "tiny.yaml"),
+            "--deepspeed_config",
+            str(self.folder / "ds.json"),
+            "--output_dir",
+            str(self.folder / name),
+            "--deepspeed_override",
+            f"zero_optimization.stage={stage}",
+            f"gradient_accumulation_steps={accum}",
+            *ds,
+            *extra,
+        ]
+
+    def train(self, world_size: int, cases: dict[str, list[str]]) -> dict[str, Curve]:
+        listed = self.folder / f"cases_{world_size}.json"
+        listed.write_text(json.dumps(list(cases.values())))
+        run_ranks(world_size, [str(REPO / "tests" / "distributed" / "train_cases.py"), str(listed)])
+        return {name: self.curve(name) for name in cases}
+
+    def curve(self, name: str) -> Curve:
+        records = map(json.loads, (self.folder / name / "metrics.jsonl").read_text().splitlines())
+        return [(r["loss"], r["grad_norm"]) for r in records if "loss" in r]
+
+
+def assert_same(curves: dict[str, Curve], expected: Curve, loss: float = 1e-5, grad_norm: float = 1e-4) -> None:
+    """Every loss within ``loss`` of the expected one, every gradient norm within ``grad_norm`` of it, relatively."""
+    wrong = {}
+    for name, curve in curves.items():
+        pairs = list(zip(curve, expected, strict=True))
+        losses = max(abs(mine[0] - other[0]) for mine, other in pairs)
+        norms = max(abs(mine[1] / other[1] - 1) for mine, other in pairs)
+        if not (losses <= loss and norms <= grad_norm):
+            wrong[name] = (losses, norms)
+    assert not wrong, f"largest difference of the loss, largest relative difference of the gradient norm: {wrong}"
