@@ -85,7 +85,9 @@ class MoEConfig(Strict):
         "2202.09368); hash (fixed by the token's id, arXiv 2106.04426)",
     )
     router_temperature: PositiveFloat = setting(1.0, "the router's scores are divided by it")
-    router_init_scale: PositiveFloat = setting(1.0, "factor on the initial router weights; Switch uses 0.1")
+    router_init_scale: PositiveFloat = setting(
+        1.0, "factor on the initial router weights; the scale of 0.1 that Switch uses is a factor of 0.32"
+    )
     router_jitter: Fraction = setting(
         0.0, "in training the router's input is multiplied by U(1 - j, 1 + j); Switch: 0.01"
     )
