@@ -46,7 +46,8 @@ def train(job: Job) -> None:
     groups = zero.make_groups(config.moe.ep_size if config.moe.enabled else 1)
     _prepare_data(job)
     engine = build_engine(lambda: task.build_model(groups), config, job.plan, job.device)
-    torch.manual_seed(config.seed * launch.world_size + launch.rank)  # of what is drawn in training: noise, dropout
+    # Of what is drawn in training (noise, jitter, dropout), and different on every rank.
+    torch.manual_seed((config.seed * 1_000_003 + launch.rank) % 2**63)
 
     state = RunState(step=0, tokens=0, scores={})
     if job.resume_from is not None:
@@ -93,8 +94,8 @@ def _train_steps(
         throughput.step(job.tokens_per_step)
         if logged:
             record = {"step": state.step, "tokens": state.tokens} | record | _speed(job, throughput)
-            _stop_if_not_finite(record)
             logger.log(record)
+            _stop_if_not_finite(record)
             progress.update(state.step, loss=record["lm_loss"], tokens_per_s=record["tokens_per_s"])
         with throughput.pause():
             if last or (config.eval.every and state.step % config.eval.every == 0):
