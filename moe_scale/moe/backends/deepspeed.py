@@ -21,9 +21,10 @@ from moe_scale.initialization import Init
 from moe_scale.moe.dispatch import capacity
 from moe_scale.moe.experts import activate, expert_stds
 from moe_scale.moe.layer import MoEStats, SparseLayer, make_stats
+from moe_scale.moe.placement import Placement, experts_of, whole
 from moe_scale.moe.router import Router, softmax_top_k
 from moe_scale.parallel.groups import ParallelGroups
-from moe_scale.parallel.zero import has_tutel, mark_expert_parameters, set_expert_group
+from moe_scale.parallel.zero import full_shape, has_tutel, mark_expert_parameters, set_expert_group
 
 
 class _Gate(TopKGate):
@@ -135,6 +136,7 @@ class DeepSpeedMoE(SparseLayer):
 
     def __init__(self, config: MoEConfig, d_model: int, groups: ParallelGroups, init: Init, depth_scale: float = 1.0):
         super().__init__(config, d_model, init, depth_scale)
+        self.first_expert = groups.local_experts(config.num_experts)[0]
         self.layer = MOELayer(
             _Gate(config, d_model, init / "router"),
             _Experts(config, d_model, groups, init / "experts", depth_scale),
@@ -158,3 +160,17 @@ class DeepSpeedMoE(SparseLayer):
         lost_KT = routes_KT < 0
         dropped = lost_KT.sum() if valid_T is None else (lost_KT & valid_T).sum()
         return y_BSD, make_stats(config, routing, dropped, len(x_BSD), valid_T), self.run_dense(x_BSD)
+
+    def placements(self) -> dict[str, Placement]:
+        gate, experts = "layer.gate.wg.weight", "layer.experts.deepspeed_experts"
+        found = {gate: whole("router.weight", tuple(full_shape(self.get_parameter(gate))))}
+        for place, expert in enumerate(self.get_submodule(experts).children()):
+            for name, parameter in expert.named_parameters():
+                found[f"{experts}.{place}.{name}"] = experts_of(
+                    f"experts.{name}",
+                    self.config.num_experts,
+                    self.first_expert + place,
+                    1,
+                    tuple(full_shape(parameter)),
+                )
+        return found
