@@ -115,6 +115,7 @@ class Watchdog:
         self._ranks = {self.rank: self._me}
         self._lines: dict[int, _Line] = {}  # rank 0: to the others; another rank: to rank 0
         self._connect()
+        dist.barrier()  # nobody reports before rank 0 knows all
 
     def at(self, step: int, phase: str) -> None:
         """Say what this rank is about to do."""
