@@ -130,7 +130,8 @@ class Watchdog:
         together = (StoppedError, ConfigError, KeyboardInterrupt)
         if kind is not None and not issubclass(kind, together):
             self._me.state, self._me.why = "failed", _brief(kind, error)
-            self._send_all(failed=self._me.why)
+            if self.rank != 0:
+                self._lines[0].send(failed=self._me.why)
             self._judged.wait(timeout=2 * SETTLE_S + BEAT_S)
         self._stopping.set()
         self._send_all(done=True)
@@ -232,7 +233,7 @@ class Watchdog:
         time.sleep(BEAT_S / 4)  # of a host that is gone, all ranks
         lost = "; ".join(map(str, self._in_state("lost")))
         self._send_all(verdict=[])
-        self._leave(f"error: lost {lost}: it died, or its host did; all ranks stop")
+        self._leave(f"error: lost {lost} when last heard of: it died, or its host did; all ranks stop")
 
     def _judge_failed(self) -> None:
         """Those who failed say so themselves, with a stack trace; the others leave."""

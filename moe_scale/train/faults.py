@@ -127,23 +127,28 @@ class BadSteps:
     def __init__(self, config: FaultConfig):
         self.config = config
         self.in_a_row = 0
+        self._last = ""
 
     def good(self) -> None:
         self.in_a_row = 0
 
     def bad(self, step: int, what: str) -> str:
-        """Count a step. Returns what to tell.
+        """Count a step. Returns what to tell."""
+        self.in_a_row += 1
+        self._last = f"{what} at step {step}"
+        return f"warning: step {step} was skipped: {what}"
+
+    def end_if_too_many(self) -> None:
+        """Call it when the step is logged.
 
         Raises:
             DivergedError: when there were too many in a row.
         """
-        self.in_a_row += 1
         if self.in_a_row >= self.config.max_bad_steps:
             raise DivergedError(
-                f"{what} at step {step}; steps skipped in a row: {self.in_a_row} (faults.max_bad_steps). Lower "
-                "--optim.lr, raise --optim.warmup_steps, or look at the data; the last checkpoint is from before"
+                f"{self._last}; steps skipped in a row: {self.in_a_row} (faults.max_bad_steps). Lower --optim.lr, raise "
+                "--optim.warmup_steps, or look at the data; the last checkpoint is from before"
             )
-        return f"warning: step {step} was skipped: {what}"
 
 
 class SpikeWatch:

@@ -170,6 +170,7 @@ def _train_steps(run: Run) -> None:
         run.throughput.step(job.tokens_per_step)
         if logged:
             _log(run, {"lr": learning_rate} | outcome.record)
+        run.bad_steps.end_if_too_many()
         with run.throughput.pause():
             if outcome.spiked and _roll_back(run):
                 continue

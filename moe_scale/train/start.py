@@ -11,7 +11,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from moe_scale.checkpoint import folder as folders
-from moe_scale.checkpoint.index import Index, read_index
+from moe_scale.checkpoint.index import Index
 from moe_scale.errors import EXIT_BAD_CONFIG, ConfigError, Problem, StoppedError, format_problems
 from moe_scale.parallel import device as devices
 from moe_scale.parallel.launch import Launch

@@ -46,7 +46,7 @@ class FaultyTask(LanguageModelTask):
         output = super().forward(engine, batch)
         for fault in due:
             if "loss" in fault:
-                output = dataclasses.replace(output, loss=output.loss * float(fault["loss"]))
+                output = output._replace(loss=output.loss * float(fault["loss"]))
         return output
 
     def _before(self, fault: dict[str, Any], engine: Any) -> None:

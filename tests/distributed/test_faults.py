@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from moe_scale.parallel import device as devices
 from moe_scale.train.faults import EXIT_PREEMPTED
 from tests.curves import Runs
 from tests.ranks import REPO, Ended, Ranks, run_ranks
@@ -67,8 +68,10 @@ def bad_step_cases(runs: Runs) -> dict[str, Case]:
     for stage in range(4):
         layouts[f"zero{stage}-fp32"] = {"stage": stage}
         layouts[f"zero{stage}-bf16"] = {"stage": stage, "ds": ("bf16.enabled=true",)}
-        layouts[f"zero{stage}-bf16-one"] = {"stage": stage, "ds": ("bf16.enabled=true", *ONE_MICRO_BATCH)}
-        layouts[f"zero{stage}-fp16"] = {"stage": stage, "ds": ("fp16.enabled=true", "fp16.initial_scale_power=8")}
+        if stage in (1, 2):  # without a sum of micro-batches to keep, DeepSpeed takes another optimizer
+            layouts[f"zero{stage}-bf16-one"] = {"stage": stage, "ds": ("bf16.enabled=true", *ONE_MICRO_BATCH)}
+        if devices.detect().fp16:
+            layouts[f"zero{stage}-fp16"] = {"stage": stage, "ds": ("fp16.enabled=true", "fp16.initial_scale_power=8")}
     layouts["ep2-fp32"] = {"stage": 3, "extra": EP2}
     layouts["ep2-bf16"] = {"stage": 3, "extra": EP2, "ds": ("bf16.enabled=true",)}
     layouts["offload2"] = {"stage": 2, "ds": (offload,)}
@@ -90,6 +93,7 @@ def test_a_bad_step_of_one_rank_is_skipped_on_all(runs: Runs) -> None:
     cases = bad_step_cases(runs)
     ends = run_cases(runs, cases, "bad_steps", timeout=500)
     for name, both in ends.items():
+        assert [end["outcome"] for end in both] == ["", ""], name
         logged = steps(runs, name)
         assert [record["step"] for record in logged] == [1, 2, 3, 4, 5], name
         assert [record["skipped_steps"] for record in logged] == [0, 1, 1, 2, 2], name
@@ -97,7 +101,6 @@ def test_a_bad_step_of_one_rank_is_skipped_on_all(runs: Runs) -> None:
         assert logged[3]["grad_norm"] is None, name
         fp16 = "fp16" in name  # there, an infinite gradient is left to the loss scaler
         for end in both:
-            assert end["outcome"] == "", name
             assert end["skips"][1::2] == ["unchanged: True"] * (1 if fp16 else 2), name
             gradients = end["skips"][::2]
             if not fp16:
@@ -199,7 +202,9 @@ def test_a_rank_that_dies_takes_the_others_down_by_one_line(rank: int, runs: Run
         ranks.processes[rank].wait(timeout=200)
         ended = ranks.wait(timeout=60)
     assert ended.codes == [1, -9] if rank else [-9, 1], ended
-    says = r"error: lost rank 1 on \S+, process \d+, step 3: \w+: it died" if rank else r"error: rank 0 is lost"
+    says = (
+        r"error: lost rank 1 on \S+, process \d+, .* when last heard of: it died" if rank else r"error: rank 0 is lost"
+    )
     (line,) = lines(ended, 1 - rank)
     assert re.match(says, line), ended
 

@@ -27,7 +27,7 @@ def test_a_rank_that_is_killed_is_named_by_one_line(rank: int) -> None:
     ended = end_of("killed", rank)
     assert ended.codes == [-9 if n == rank else 1 for n in range(3)], ended
     (error,) = errors(ended)
-    says = r"rank 0 is lost" if rank == 0 else r"lost rank 2 on \S+, process \d+, step 3: forward"
+    says = r"rank 0 is lost" if rank == 0 else r"lost rank 2 on \S+, process \d+, .* when last heard of: it died"
     assert re.search(says, error), ended
     assert "".join(ended.output).strip() == error, ended
 
@@ -74,4 +74,5 @@ def test_a_rank_that_is_stuck_is_seen_in_a_list_of_all(fault: str, rank: int) ->
         assert error.endswith("rank 0 does not say a word"), ended
         return
     where = re.findall(r"^  rank (\d) on \S+, process \d+, step (\d): forward, for \d+ s$", ended.output[0], re.M)
-    assert where == [("0", "3"), ("1", "3"), ("2", "3")], ended
+    assert [number for number, _ in where] == ["0", "1", "2"], ended
+    assert [step for number, step in where if number != str(rank)] == ["3", "3"], ended
