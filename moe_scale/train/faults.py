@@ -105,7 +105,7 @@ class Deadline:
 
     def __init__(self, seconds: float | None):
         self.end = None if seconds is None else time.monotonic() + seconds
-        self._steps: collections.deque[float] = collections.deque(maxlen=20)
+        self._longest = 0.0  # of all steps: the next one may have an evaluation too
         self._last: float | None = None
 
     def near(self, save_s: float) -> bool:
@@ -116,9 +116,9 @@ class Deadline:
         """
         now = time.monotonic()
         if self._last is not None:  # what came before the first step is no measure of a step
-            self._steps.append(now - self._last)
+            self._longest = max(self._longest, now - self._last)
         self._last = now
-        return self.end is not None and now + 2 * max(self._steps, default=0.0) + 2 * save_s >= self.end
+        return self.end is not None and now + 2 * self._longest + 2 * save_s >= self.end
 
 
 class BadSteps:
@@ -146,8 +146,8 @@ class BadSteps:
         """
         if self.in_a_row >= self.config.max_bad_steps:
             raise DivergedError(
-                f"{self._last}; steps skipped in a row: {self.in_a_row} (faults.max_bad_steps). Lower --optim.lr, raise "
-                "--optim.warmup_steps, or look at the data; the last checkpoint is from before"
+                f"{self._last}; steps skipped in a row: {self.in_a_row} (faults.max_bad_steps). Lower --optim.lr, "
+                "raise --optim.warmup_steps, or look at the data; the last checkpoint is from before"
             )
 
 
