@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.curves import STEPS, Runs, assert_same
+from tests.curves import STEPS, Curve, Runs, assert_same
 
 HALF = STEPS // 2
 LAYOUTS = [(4, 4), (4, 1), (2, 2), (2, 1), (1, 1)]
@@ -96,6 +96,48 @@ def test_one_checkpoint_opens_anywhere(runs: Runs) -> None:
     curves = {name: runs.curve(name)[HALF:] for _, name in cases}
     assert len(curves) == 37
     assert_same(curves, expected[HALF:])
+
+
+def largest_difference(mine: Curve, other: Curve) -> float:
+    """Of the losses of the second half."""
+    return max(abs(a[0] - b[0]) for a, b in zip(mine[HALF:], other[HALF:], strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_8bit_moments_and_another_precision_open_anywhere(runs: Runs) -> None:
+    """Blocks of 256 moments are cut elsewhere under another layout, and so are rounded once more. That, and a change
+    between the optimizers or precisions, moves the losses by no more than training with the coarser one throughout.
+    """
+    spread, eight, bf16 = (
+        ("--moe.ep_size", "2", "--checkpoint.every", str(HALF)),
+        ("--optim.name", "adamw8bit"),
+        ("bf16.enabled=true",),
+    )
+    whole = {
+        "exact": resumable(runs, "exact", 4, stage=3, extra=spread),
+        "8bit": resumable(runs, "8bit", 4, stage=3, extra=(*spread, *eight)),
+        "bf16": resumable(runs, "bf16", 4, stage=3, extra=spread, ds=bf16),
+    }
+    runs.run(4, whole)
+    cases: dict[str, tuple[str, str, dict[str, object]]] = {
+        "8bit-zero1": ("8bit", "8bit", {"stage": 1, "extra": eight}),
+        "8bit-zero3-ep2": ("8bit", "8bit", {"stage": 3, "extra": (*eight, "--moe.ep_size", "2")}),
+        "8bit-into-exact": ("8bit", "8bit", {"stage": 2}),
+        "exact-into-8bit": ("exact", "8bit", {"stage": 3, "extra": eight}),
+        "exact-into-bf16": ("exact", "bf16", {"stage": 3, "ds": bf16}),
+        "bf16-into-exact": ("bf16", "bf16", {"stage": 1}),
+    }
+    argvs = {}
+    for name, (source, _, how) in cases.items():
+        start_from(runs.folder / source, HALF, runs.folder / name)
+        argvs[name] = [*resumable(runs, name, 2, **how), "--resume", "must"]
+    runs.run(2, argvs)
+    for name, (source, coarser, _) in cases.items():
+        off = largest_difference(runs.curve(name), runs.curve(source))
+        allowed = largest_difference(runs.curve(coarser), runs.curve("exact"))
+        print(f"{name}: {off:.2e}, {coarser} throughout: {allowed:.2e}")
+        assert 0 < off <= allowed, name
 
 
 def start_from(run: Path, step: int, into: Path) -> None:
