@@ -131,15 +131,15 @@ class MoELayer(SparseLayer):
         valid_T = None if valid_BS is None else valid_BS.reshape(-1)
         routing = self.route(x_TD, valid_T, token_ids_BS)
         plan = self.plan(routing, len(x_TD), valid_T)
-        rows_ND = gather_rows(x_TD, plan)
-        if self.groups.ep_size == 1:
-            rows_ND = self.experts(rows_ND, plan.counts_E)
+        if self.groups.ep_size == 1:  # nothing to exchange: the experts gather and combine where they read and write
+            y_TD = self.experts(x_TD, plan.counts_E, plan)
             dense_BSD = self.run_dense(x_BSD)
         else:
             trip = exchange.plan_exchange(plan.counts_E, self.groups)
+            rows_ND = gather_rows(x_TD, plan)
             rows_RD, dense_BSD = exchange.to_experts(rows_ND, trip, self.groups, lambda: self.run_dense(x_BSD))
             rows_ND = exchange.from_experts(self.experts(rows_RD, trip.counts_L), trip, self.groups)
-        y_TD = combine_rows(rows_ND, plan, len(x_TD))
+            y_TD = combine_rows(rows_ND, plan, len(x_TD))
         return y_TD.view_as(x_BSD), make_stats(self.config, routing, plan.dropped, len(x_BSD), valid_T), dense_BSD
 
     def route(self, x_TD: Tensor, valid_T: Tensor | None, token_ids_BS: Tensor | None) -> Routing | ExpertChoice:

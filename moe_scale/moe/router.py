@@ -5,7 +5,7 @@ Shapes: T tokens, D model width, E experts, K experts per token, C tokens per ex
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -56,8 +56,29 @@ class Router(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """Scores of T tokens. Returns fp32 (or wider) logits_TE."""
-        wide = torch.promote_types(x_TD.dtype, torch.float32)
-        return F.linear(x_TD.to(wide), self.weight.to(wide))
+        return _WideLinear.apply(x_TD, self.weight)
+
+
+class _WideLinear(torch.autograd.Function):
+    """``F.linear`` in fp32 or wider that keeps its input as it came, which others keep too, and not a wider copy."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_OD: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight_OD)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return F.linear(x.to(wide), weight_OD.to(wide))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, weight_OD = ctx.saved_tensors
+        grad_TO = grads[0].flatten(0, -2)
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = grad_TO.t().mm(x.flatten(0, -2).to(grad_TO.dtype)).to(weight_OD.dtype)
+        if ctx.needs_input_grad[0]:
+            grad_x = grad_TO.mm(weight_OD.to(grad_TO.dtype)).view(x.shape).to(x.dtype)
+        return grad_x, grad_weight
 
 
 def softmax_top_k(logits_TE: Tensor, top_k: int, *, renormalize: bool) -> Routing:

@@ -80,7 +80,11 @@ def _hugging_face(config: MoEConfig, d_model: int, implementation: str) -> nn.Mo
 
 
 def peak_extra_bytes(step: Callable[[], Any], device: torch.device) -> int:
-    """Most memory that ``step`` holds beyond what was held before, from the allocator's own record. Bytes."""
+    """Most memory that ``step`` holds beyond what was held before, from the allocator's own record. Bytes.
+
+    On a CPU the record is of one thread, and so is the step. Where experts are shared out over threads, each further
+    one holds the temporaries of one more expert.
+    """
     if device.type != "cpu":
         module = torch.get_device_module(device)
         module.synchronize()
@@ -89,8 +93,13 @@ def peak_extra_bytes(step: Callable[[], Any], device: torch.device) -> int:
         step()
         module.synchronize()
         return int(module.max_memory_allocated() - before)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            step()
+    finally:
+        torch.set_num_threads(threads)
     held = peak = 0
     results = profile.profiler.kineto_results
     for event in sorted((e for e in results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
