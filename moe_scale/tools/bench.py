@@ -12,7 +12,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,16 +82,9 @@ def bench_shape(config: MoEConfig, arguments: argparse.Namespace, device: torch.
     x_BSD = input_seed.normal_(torch.empty(1, tokens, d_model, device=device), 1.0).to(dtype).requires_grad_()
     grad_BSD = grad_seed.normal_(torch.empty(1, tokens, d_model, device=device), 1.0).to(dtype)
 
-    samples: dict[tuple[str, str], list[float]] = {}
-    for round_number in range(arguments.warmup + arguments.rounds):
-        for name, layer in layers.items():
-            forward, backward = _time_once(layer, x_BSD, grad_BSD)
-            if round_number >= arguments.warmup:
-                for direction, seconds in (("forward", forward), ("backward", backward), ("both", forward + backward)):
-                    samples.setdefault((name, direction), []).append(seconds)
-    medians = {key: statistics.median(values) for key, values in samples.items()}
+    medians = time_layers(layers, x_BSD, grad_BSD, rounds=arguments.rounds, warmup=arguments.warmup)
     peaks = {
-        name: peak_extra_bytes(functools.partial(_step, layer, x_BSD, grad_BSD), device)
+        name: peak_extra_bytes(functools.partial(step_once, layer, x_BSD, grad_BSD), device)
         for name, layer in layers.items()
     }
 
@@ -140,6 +133,20 @@ def bench_shape(config: MoEConfig, arguments: argparse.Namespace, device: torch.
             for (part, direction), seconds in parts.items()
         ]
     return rows
+
+
+def time_layers(
+    layers: Mapping[str, nn.Module], x_BSD: Tensor, grad_BSD: Tensor, *, rounds: int, warmup: int
+) -> dict[tuple[str, str], float]:
+    """Median seconds of each layer, "forward", "backward" and "both", timed in turn round after round."""
+    samples: dict[tuple[str, str], list[float]] = {}
+    for round_number in range(warmup + rounds):
+        for name, layer in layers.items():
+            forward, backward = _time_once(layer, x_BSD, grad_BSD)
+            if round_number >= warmup:
+                for direction, seconds in (("forward", forward), ("backward", backward), ("both", forward + backward)):
+                    samples.setdefault((name, direction), []).append(seconds)
+    return {key: statistics.median(values) for key, values in samples.items()}
 
 
 def time_parts(
@@ -203,7 +210,8 @@ def _time_once(layer: nn.Module, x_BSD: Tensor, grad_BSD: Tensor) -> tuple[float
     return middle - start, _now() - middle
 
 
-def _step(layer: nn.Module, x_BSD: Tensor, grad_BSD: Tensor) -> None:
+def step_once(layer: nn.Module, x_BSD: Tensor, grad_BSD: Tensor) -> None:
+    """One forward and one backward pass from cleared gradients."""
     layer.zero_grad(set_to_none=True)
     x_BSD.grad = None
     layer(x_BSD).backward(grad_BSD)
