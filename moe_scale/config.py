@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -29,6 +30,25 @@ def _usable_path(text: str) -> str:
     return text
 
 
+def duration_seconds(text: str) -> int | None:
+    """Seconds of a time as Slurm writes it: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S; None where it is none of these."""
+    match = re.fullmatch(r"(?:([0-9]{1,6})-)?([0-9]{1,9}(?::[0-9]{1,9}){0,2})", text)
+    if not match:
+        return None
+    parts = [int(part) for part in match[2].split(":")]
+    if match[1] is not None:
+        hours, minutes, seconds = [*parts, 0, 0][:3]
+        return int(match[1]) * 86_400 + hours * 3600 + minutes * 60 + seconds
+    hours, minutes, seconds = [0, *parts, 0][:3] if len(parts) < 3 else parts
+    return hours * 3600 + minutes * 60 + seconds
+
+
+def _duration(text: str) -> str:
+    if text and not duration_seconds(text):
+        raise ValueError("it must be a time as Slurm writes it: 90 (minutes), 1:30:00 or 2-12:00:00")
+    return text
+
+
 # The upper bounds are beyond what can be run; they catch a slip of the keyboard before something counts up to it.
 PositiveInt = Annotated[int, Field(ge=1, le=1_000_000)]
 NonNegativeInt = Annotated[int, Field(ge=0, le=1_000_000)]
@@ -36,6 +56,7 @@ Count = Annotated[int, Field(ge=1, le=10**15)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 PositiveFloat = Annotated[float, Field(gt=0, le=1e12, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
+Duration = Annotated[str, AfterValidator(_duration)]
 PathText = Annotated[str, AfterValidator(_usable_path)]
 NonEmptyText = Annotated[PathText, Field(min_length=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
@@ -310,6 +331,48 @@ class EvalConfig(Strict):
 
 
 @dataclass(frozen=True)
+class CheckpointConfig(Strict):
+    """Checkpoints in ``<output_dir>/checkpoints``. The last step is always saved."""
+
+    every: NonNegativeInt = setting(0, "steps between checkpoints; 0 saves at the end only")
+    keep_last: NonNegativeInt = setting(3, "newest checkpoints that stay; 0 keeps all")
+    keep_every: NonNegativeInt = setting(0, "checkpoints at multiples of so many steps stay as well; 0 means none")
+    save_best: str = setting(
+        "", "held-out score, as eval/loss: save whenever it is the best so far, and keep that one as checkpoints/best"
+    )
+    background: bool = setting(
+        True, "write while training goes on, from a copy in host memory; false takes no copy, and training waits"
+    )
+
+
+@dataclass(frozen=True)
+class FaultConfig(Strict):
+    """What a run does about steps and ranks that go wrong."""
+
+    max_bad_steps: PositiveInt = setting(
+        10, "steps in a row whose loss or gradient is not a number: each is skipped, so many end the run"
+    )
+    spike_factor: Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)] = setting(
+        0.0,
+        "go back to the newest checkpoint, and on with later data, when the loss exceeds so many times the mean of "
+        "the last 50 steps; 0 never does",
+    )
+    max_rollbacks: NonNegativeInt = setting(3, "spikes that a run goes back for; the next one ends it")
+    collapse_share: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = setting(
+        0.75, "warn when one expert is sent more than this share of a layer's tokens ..."
+    )
+    collapse_steps: PositiveInt = setting(100, "... for so many steps")
+    hang_minutes: PositiveFloat = setting(
+        30.0, "end the run when a rank has made no progress for so long, naming each rank's last step and phase"
+    )
+
+    def problems(self, where: str) -> list[Problem]:
+        if 0 < self.spike_factor <= 1:
+            return [Problem(f"{where}.spike_factor", f"{self.spike_factor}", "choose more than 1, or 0 for never")]
+        return []
+
+
+@dataclass(frozen=True)
 class TelemetryConfig(Strict):
     """What is measured and where it goes. ``metrics.jsonl`` in the run's folder is always written."""
 
@@ -337,19 +400,23 @@ class RunConfig(Strict):
     output_dir: NonEmptyText = setting("runs/{recipe}", "folder of the run; {recipe} stands for the recipe's name")
     resume: Literal["never", "auto", "must"] = setting(
         "never",
-        "auto continues from the newest checkpoint in output_dir if there is one; must refuses to start without",
+        "auto continues from the newest intact checkpoint in output_dir if there is one; must refuses to start without",
     )
-    save_every: NonNegativeInt = setting(0, "steps between checkpoints; 0 saves at the end only")
+    max_time: Duration = setting(
+        "", "save and stop before so much time has passed, as Slurm writes it: 90 (minutes), 1:30:00 or 2-12:00:00"
+    )
     seed: Seed = setting(1234, "seed of the weights, the order of the data and the sampling")
     zero_init: bool = setting(True, "with ZeRO-3: build the model sharded, so that no rank ever holds all of it")
     moe: MoEConfig = setting(MoEConfig, "the mixture-of-experts layer")
     optim: OptimConfig = setting(OptimConfig, "optimizer and schedule")
     eval: EvalConfig = setting(EvalConfig, "evaluation")
+    checkpoint: CheckpointConfig = setting(CheckpointConfig, "what is saved, and what is kept of it")
+    faults: FaultConfig = setting(FaultConfig, "what is done when a run goes wrong")
     telemetry: TelemetryConfig = setting(TelemetryConfig, "logging")
 
     def problems(self) -> list[Problem]:
         """What is wrong with the settings as they stand, whatever the machine."""
-        found = self.moe.problems("moe")
+        found = self.moe.problems("moe") + self.faults.problems("faults")
         if self.optim.schedule != "constant" and self.optim.warmup_steps >= self.max_steps:
             found.append(
                 Problem(

@@ -12,7 +12,7 @@ from moe_scale.train.recipe import Recipe, main
 # The model of the GPU scales is the dataclasses' defaults. 20,000 steps are 5 to 10 billion tokens.
 LARGE = {
     "max_steps": 20_000,
-    "save_every": 1000,
+    "checkpoint": {"every": 1000},
     "data": {"seq_len": 2048},
     "optim": {"lr": 4e-4, "warmup_steps": 1000},
 }

@@ -16,6 +16,7 @@ from moe_scale.moe import exchange, losses
 from moe_scale.moe.conventions import deepspeed_capacity, deepspeed_keeps, deepspeed_top_k
 from moe_scale.moe.dispatch import DispatchPlan, capacity, combine_rows, gather_rows, plan_dispatch, plan_expert_choice
 from moe_scale.moe.experts import Experts, SharedExpert
+from moe_scale.moe.placement import Placement, experts_of
 from moe_scale.moe.router import (
     ExpertChoice,
     Router,
@@ -30,6 +31,7 @@ from moe_scale.moe.router import (
 )
 from moe_scale.parallel.collectives import sum_over_ranks
 from moe_scale.parallel.groups import ParallelGroups
+from moe_scale.parallel.zero import full_shape
 
 
 class MoEStats(NamedTuple):
@@ -91,6 +93,10 @@ class SparseLayer(nn.Module):
         self, x_BSD: Tensor, valid_BS: Tensor | None, token_ids_BS: Tensor | None
     ) -> tuple[Tensor, MoEStats, Tensor | None]:
         """The experts' output, the statistics, and the result of :meth:`run_dense`."""
+        raise NotImplementedError
+
+    def placements(self) -> dict[str, Placement]:
+        """Where this rank's parameters lie in the logical tensors, where they are not logical tensors themselves."""
         raise NotImplementedError
 
 
@@ -178,6 +184,15 @@ class MoELayer(SparseLayer):
             drop_policy=drop_policy,
             rescale_kept=as_deepspeed and config.top_k > 1,
         )
+
+    def placements(self) -> dict[str, Placement]:
+        num_experts, local = self.config.num_experts, self.groups.local_experts(self.config.num_experts)
+        return {
+            f"experts.{name}": experts_of(
+                f"experts.{name}", num_experts, local[0], len(local), tuple(full_shape(parameter)[1:])
+            )
+            for name, parameter in self.experts.named_parameters()
+        }
 
 
 def rows_per_expert(config: MoEConfig, num_tokens: int, *, training: bool) -> int | None:

@@ -1,96 +1,253 @@
-"""Save a run and continue it, on the same number of ranks.
+"""Save a run while it goes on, and find the checkpoint that it continues from.
 
-A checkpoint is a folder ``<run>/checkpoints/step_00000100`` that DeepSpeed's engine fills; beside its files each rank
-writes its position in the data, and rank 0 writes ``checkpoint.json`` last. A folder without that file is one that
-was cut off while it was written, and is never loaded.
+Every rank writes the shards that it holds. The ranks' writers talk over a process group of their own, so that they can
+finish in the background, whatever the training is doing with its groups.
 """
 
 from __future__ import annotations
 
-import json
-import os
+import logging
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
+from moe_scale.checkpoint import folder as folders
+from moe_scale.checkpoint.files import DamagedCheckpointError, read_json
+from moe_scale.checkpoint.index import Index, read_index, verify
+from moe_scale.checkpoint.reader import Reader
+from moe_scale.checkpoint.writer import Part, Piece, join, write_part
+from moe_scale.config import CheckpointConfig
 from moe_scale.errors import ConfigError, Problem
 from moe_scale.parallel.device import rng_states, set_rng_states
+from moe_scale.train import snapshot
 
-MARKER = "checkpoint.json"
+log = logging.getLogger(__name__)
+
+MODEL_SETTINGS_THAT_MAY_CHANGE = {
+    "model": ("activation_checkpointing", "loss_chunk_tokens"),
+    "moe": (
+        "backend",
+        "ep_size",
+        "router_jitter",
+        "router_temperature",
+        "router_init_scale",
+        "expert_dropout",
+        "bias_update_rate",
+        "dispatch",
+        "capacity_factor",
+        "eval_capacity_factor",
+        "min_capacity",
+        "drop_policy",
+        "aux_loss_weight",
+        "aux_loss_scope",
+        "z_loss_weight",
+    ),
+}
+"""Settings that change how a model is computed or trained, and not what its weights are."""
 
 
-def newest(run_dir: Path) -> Path | None:
-    """The complete checkpoint of the most steps in the run's folder, if there is one."""
-    complete = sorted(run_dir.glob(f"checkpoints/step_*/{MARKER}"))
-    return complete[-1].parent if complete else None
+@dataclass(frozen=True)
+class Moment:
+    """Where a run stands when it is saved: steps, tokens over all ranks, and held-out scores worth keeping."""
+
+    step: int
+    tokens: int
+    scores: dict[str, Any]
 
 
-def describe(path: Path) -> dict[str, Any]:
-    """What ``checkpoint.json`` says: the step and how the run was spread.
+class NotSavedError(Exception):
+    """The state that a run ends with could not be saved. Raised on all ranks at once."""
+
+
+class Saver:
+    """Writes the checkpoints of a run. All ranks make one, and call its methods together.
+
+    Args:
+        run_dir: the run's folder, the same for all ranks.
+        config: what is kept.
+        facts: ``kind``, ``settings`` and ``layout`` of the index.
+        optimizer: name of the optimizer.
+    """
+
+    def __init__(self, run_dir: Path, config: CheckpointConfig, facts: Mapping[str, Any], optimizer: str):
+        self.run_dir, self.config, self.facts, self.optimizer = run_dir, config, facts, optimizer
+        self.failure = ""
+        """Why the last checkpoint could not be written; empty when it was."""
+        self.stall_s = 0.0
+        """Seconds that the last save kept the training waiting."""
+        self.write_s = 0.0
+        """Seconds from the begin of the last save to its end."""
+        self._group = dist.new_group(backend="gloo")
+        self._thread: threading.Thread | None = None
+        self._news: list[str] = []
+
+    def save(self, engine: Any, moment: Moment, data_state: dict[str, Any], *, best: bool = False) -> None:
+        """Save the run as it stands now. Failures are kept for :meth:`news`: a full disk must not end a run.
+
+        Args:
+            best: point ``checkpoints/best`` at this one.
+        """
+        self.wait()
+        start = time.perf_counter()
+        folder = folders.checkpoints_of(self.run_dir) / folders.name_of(moment.step)
+        own = {"data": data_state, "rng": rng_states()}
+        said = {
+            **self.facts,
+            "step": moment.step,
+            "tokens": moment.tokens,
+            "scores": moment.scores,
+            "optimizer": snapshot.numbers(engine, self.optimizer),
+        }
+        pieces: Iterable[Piece] = snapshot.take(engine)
+        if self.config.background:
+            pieces = [snapshot.on_host(piece) for piece in pieces]
+            self._thread = threading.Thread(
+                target=self._write, args=(folder, pieces, own, said, best, start), name="checkpoint", daemon=True
+            )
+            self._thread.start()
+        else:
+            self._write(folder, pieces, own, said, best, start)
+        self.stall_s = time.perf_counter() - start
+
+    def wait(self) -> None:
+        """Until nothing is being written."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def news(self) -> list[str]:
+        """What there is to tell since the last call, on every rank the same; one line each."""
+        news, self._news = self._news, []
+        return news
+
+    def _write(self, folder: Path, pieces: Iterable[Piece], own: dict, said: dict, best: bool, start: float) -> None:
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        try:
+            failures = self._everyones(lambda: folders.begin(folder) if rank == 0 else None)[1]
+            parts: list[Any] = []
+            if not failures:
+                partial = folders.partial_of(folder)
+                parts, failures = self._everyones(
+                    lambda: write_part(partial, pieces, own, rank=rank, world_size=world_size)
+                )
+            if not failures:
+                failures = self._everyones(lambda: self._publish(folder, parts, said, best) if rank == 0 else None)[1]
+            if failures and rank == 0:
+                shutil.rmtree(folders.partial_of(folder), ignore_errors=True)
+            self.failure = "; ".join(failures)
+        except Exception as error:  # a lost rank: the training's own collectives fail too, and say so
+            self.failure = f"{type(error).__name__}: {error}".splitlines()[0]
+        self.write_s = time.perf_counter() - start
+        if self.failure:
+            self._news.append(f"warning: {folder.name} was not saved, the run goes on: {self.failure}")
+
+    def _publish(self, folder: Path, parts: list[Part], said: dict, best: bool) -> None:
+        """Rank 0 alone: write the index, give the folder its name, and remove what need not be kept."""
+        partial = folders.partial_of(folder)
+        for part in parts:
+            for name in (*part.sizes, part.rank_file):
+                if not (partial / name).is_file():
+                    raise DamagedCheckpointError(partial / name, "not there: do all hosts share this folder?")
+        tensors, sizes, ranks = join(parts, partial)
+        Index(tensors=tensors, sizes=sizes, ranks=ranks, **said).write(partial)
+        read_index(partial)
+        folders.finish(folder)
+        if best:
+            folders.point(folder.parent / "best", folder)
+        keep = {folder.name} | {link.resolve().name for link in (folder.parent / "best",) if link.exists()}
+        folders.prune(self.run_dir, keep_last=self.config.keep_last, keep_every=self.config.keep_every, keep=keep)
+
+    def _everyones(self, work: Any) -> tuple[list[Any], list[str]]:
+        """Do something on every rank. Returns all results, and what failed where."""
+        result, failure = None, ""
+        try:
+            result = work()
+        except (OSError, ConfigError) as error:
+            failure = f"rank {dist.get_rank()} on {socket.gethostname()}: {error}"
+        except Exception as error:
+            log.exception("unexpected while saving")
+            failure = f"rank {dist.get_rank()} on {socket.gethostname()}: {type(error).__name__}: {error}"
+        gathered: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, (result, failure), group=self._group)
+        return [r for r, _ in gathered], [f for _, f in gathered if f]
+
+
+def candidates(run_dir: Path) -> tuple[list[tuple[Path, Index]], list[ConfigError]]:
+    """The run's checkpoints whose index is intact, newest first, and what is wrong with the others."""
+    intact: list[tuple[Path, Index]] = []
+    damaged: list[ConfigError] = []
+    for path in folders.complete(run_dir):
+        try:
+            intact.append((path, read_index(path)))
+        except ConfigError as error:
+            damaged.append(error)
+    return intact, damaged
+
+
+def check_together(path: Path, index: Index) -> list[Problem]:
+    """Compare all checksums of a checkpoint, each rank a share of the files. The same answer on every rank."""
+    mine: list[Problem] = []
+    try:
+        verify(path, index, part=dist.get_rank(), parts=dist.get_world_size())
+    except ConfigError as error:
+        mine = error.problems
+    everyones: list[list[Problem]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyones, mine)
+    return [problem for problems in everyones for problem in problems]
+
+
+def structure_problems(path: Path, index: Index, settings: Mapping[str, Any]) -> list[Problem]:
+    """Settings of the model that are not those that the checkpoint's weights were trained with."""
+    found = []
+    for section, may_change in MODEL_SETTINGS_THAT_MAY_CHANGE.items():
+        saved, mine = index.settings.get(section, {}), settings.get(section, {})
+        for name, value in mine.items():
+            if name not in may_change and name in saved and saved[name] != value:
+                found.append(
+                    Problem(
+                        f"resume: {section}.{name}",
+                        f"{path.name} was saved with {saved[name]}, this run has {value}",
+                        f"continue with {section}.{name} {saved[name]}",
+                    )
+                )
+    return found
+
+
+def changed_settings(index: Index, settings: Mapping[str, Any]) -> list[str]:
+    """What a run that continues does otherwise than the one that was saved; for its user to see."""
+    found = []
+    for section in ("moe", "optim", "data"):
+        saved, mine = index.settings.get(section, {}), settings.get(section, {})
+        changes = [
+            f"{section}.{name} was {saved[name]} and is {value}"
+            for name, value in mine.items()
+            if name in saved and saved[name] != value
+        ]
+        found += changes
+    return found
+
+
+def load(engine: Any, path: Path, index: Index) -> dict[str, Any]:
+    """Load a checked checkpoint into the engine; all ranks together. Returns this rank's position in the data.
+
+    The random generators go on where they were if there are as many ranks as there were.
 
     Raises:
-        ConfigError: if the file cannot be read.
+        ConfigError: if it holds another model, before anything is changed.
     """
-    try:
-        said = json.loads((path / MARKER).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(Problem(str(path / MARKER), f"unreadable: {error}", this_host_only=True)) from None
-    if not (isinstance(said, dict) and isinstance(said.get("step"), int) and isinstance(said.get("layout"), dict)):
-        raise ConfigError(
-            Problem(str(path / MARKER), "damaged: it does not say a step and a layout", this_host_only=True)
-        )
-    return said
-
-
-def layout_problems(path: Path, layout: dict[str, Any]) -> list[Problem]:
-    """How the run that wrote the checkpoint was spread differently from this one; DeepSpeed's files want the same."""
-    saved = describe(path).get("layout", {})
-    return [
-        Problem(
-            f"resume: {name}",
-            f"the checkpoint {path.name} was written with {saved.get(name)}, this run has {value}",
-            f"start with {name} = {saved.get(name)}",
-        )
-        for name, value in layout.items()
-        if saved.get(name) != value
-    ]
-
-
-def save(
-    engine: Any, run_dir: Path, *, step: int, tokens: int, data_state: dict[str, Any], layout: dict[str, Any]
-) -> Path:
-    """Write a checkpoint after ``step`` steps; all ranks must call it together. Returns its folder."""
-    path = run_dir / "checkpoints" / f"step_{step:08d}"
-    engine.save_checkpoint(str(path.parent), tag=path.name, client_state={"step": step})
-    rank = dist.get_rank()
-    _write(path / f"rank_{rank:05d}.json", {"data": data_state, "rng": rng_states()})
-    dist.barrier()
-    if rank == 0:
-        _write(path / MARKER, {"format": 1, "step": step, "tokens": tokens, "layout": layout})
-    dist.barrier()
-    return path
-
-
-def load(engine: Any, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Load a checkpoint into the engine; all ranks must call it together.
-
-    Returns:
-        what :func:`describe` says, and this rank's position in the data.
-    """
-    loaded, _ = engine.load_checkpoint(str(path.parent), tag=path.name)
-    if loaded is None:
-        raise ConfigError(Problem(str(path), "DeepSpeed found no checkpoint in it", this_host_only=True))
-    mine = json.loads((path / f"rank_{dist.get_rank():05d}.json").read_text(encoding="utf-8"))
-    set_rng_states(mine["rng"])
-    return describe(path), mine["data"]
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON so that the file is either whole or not there."""
-    aside = path.with_suffix(".tmp")
-    with open(aside, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    if problems := snapshot.misfits(engine, index):
+        raise ConfigError(problems[:10])
+    snapshot.put(engine, Reader(path, index), step=index.step)
+    names = sorted(index.ranks)
+    same_ranks = len(names) == dist.get_world_size()
+    own = read_json(path / names[dist.get_rank() if same_ranks else 0])
+    if same_ranks:
+        set_rng_states(own["rng"])
+    return own["data"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -24,6 +24,13 @@ from moe_scale.train.task import Task
 
 class LanguageModelTask(Task):
     """Train a :class:`DecoderLM` to predict the next token of packed documents."""
+
+    model_kind = "decoder"
+    scores: ClassVar[dict[str, Literal["lower", "higher"]]] = {
+        "eval/loss": "lower",
+        "eval/perplexity": "lower",
+        "eval/bits_per_byte": "lower",
+    }
 
     def __init__(self, config: LMConfig):
         self.config = config

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import math
-import socket
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,53 +11,82 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_scale.errors import EXIT_BAD_CONFIG, ConfigError, DivergedError, Problem, format_problems
+from moe_scale.checkpoint.folder import complete
+from moe_scale.checkpoint.index import read_index
+from moe_scale.checkpoint.reader import Reader
+from moe_scale.config import duration_seconds
 from moe_scale.moe.layer import update_selection_biases
 from moe_scale.parallel import device as devices
 from moe_scale.parallel import launch as launches
-from moe_scale.parallel import zero
+from moe_scale.parallel import zero, zero_state
 from moe_scale.parallel.collectives import sum_over_ranks
 from moe_scale.parallel.groups import ParallelGroups
-from moe_scale.parallel.launch import Launch
+from moe_scale.parallel.watchdog import Watchdog
 from moe_scale.settings import to_dict
 from moe_scale.telemetry.progress import Progress
-from moe_scale.telemetry.provenance import snapshot
-from moe_scale.telemetry.records import keep_earlier_metrics
 from moe_scale.telemetry.sinks import MetricsLogger
 from moe_scale.telemetry.steps import StepMeter
 from moe_scale.telemetry.throughput import Throughput, mfu, peak_flops
-from moe_scale.train import checkpoint
+from moe_scale.train import checkpoint, snapshot
 from moe_scale.train.engine import build_engine
+from moe_scale.train.faults import (
+    Agreement,
+    BadSteps,
+    CollapseWatch,
+    Deadline,
+    Interruption,
+    PreemptedError,
+    SpikeWatch,
+)
 from moe_scale.train.optim import parameters_by_part
 from moe_scale.train.recipe import Job
+from moe_scale.train.start import (
+    agree_on_checkpoint,
+    naming_this_rank,
+    open_logger,
+    open_progress,
+    prepare_data,
+    stopping_together,
+)
 
 
 def train(job: Job) -> None:
-    """Train ``job`` from its first or resumed step to its last. All ranks call it together."""
+    """Train ``job`` from its first or resumed step to its last. All ranks call it together.
+
+    Raises:
+        ConfigError: if the data or the checkpoint cannot be used.
+        DivergedError: if the loss is beyond help.
+        PreemptedError: when the run was asked to stop, and is saved.
+        checkpoint.NotSavedError: when the last checkpoint could not be written.
+    """
     config, launch, task = job.config, job.launch, job.task
+    deadline = Deadline(duration_seconds(config.max_time))
     if job.device.is_cpu:
         devices.keep_freed_memory()
     launches.export(launch)
     zero.init_distributed()
-    _agree_on_checkpoint(job)
+    resumed = agree_on_checkpoint(job)
     groups = zero.make_groups(config.moe.ep_size if config.moe.enabled else 1)
-    _prepare_data(job)
+    prepare_data(job)
     engine = build_engine(lambda: task.build_model(groups), config, job.plan, job.device)
+    state = RunState(resumed[1].step, resumed[1].tokens, resumed[1].scores) if resumed else RunState(0, 0, {})
     # Of what is drawn in training (noise, jitter, dropout), and different on every rank.
-    torch.manual_seed((config.seed * 1_000_003 + launch.rank) % 2**63)
-
-    state = RunState(step=0, tokens=0, scores={})
-    if job.resume_from is not None:
-        saved, data_state = checkpoint.load(engine, job.resume_from)
-        state.step, state.tokens = saved["step"], saved["tokens"]
-        task.batches().load_state_dict(data_state)
+    torch.manual_seed(((config.seed + state.step) * 1_000_003 + launch.rank) % 2**63)
+    with stopping_together():
+        if resumed is not None:
+            task.batches().load_state_dict(checkpoint.load(engine, *resumed))
+    run = Run(job, engine, groups, state, deadline)
     with (
-        _open_logger(job, state.step) as logger,
-        _open_progress(job, state.step) as progress,
-        _naming_this_rank(launch),
+        run.interruption,
+        run.watchdog,
+        open_logger(job, state.step if resumed else None) as run.logger,
+        open_progress(job, resumed) as run.progress,
+        naming_this_rank(launch),
     ):
-        _train_steps(job, engine, groups, state, logger, progress)
-    summary = task.summarize(engine, state.scores, job.run_dir)
+        _train_steps(run)
+        run.watchdog.at(state.step, "summary")
+        summary = task.summarize(engine, state.scores, job.run_dir)
+        dist.barrier()
     if launch.is_main:
         _print_summary([*summary, ("tokens seen", f"{state.tokens:,}"), ("run folder", str(job.run_dir.resolve()))])
     task.batches().close()
@@ -70,165 +96,202 @@ def train(job: Job) -> None:
 
 @dataclass
 class RunState:
-    """Where a run stands: optimizer steps done, tokens seen over all ranks, and the last held-out scores."""
+    """Where a run stands.
+
+    Attributes:
+        step: optimizer steps done.
+        tokens: seen over all ranks.
+        scores: the last held-out scores; as ``best`` the best so far of what ``checkpoint.save_best`` names.
+    """
 
     step: int
     tokens: int
     scores: dict[str, Any]
 
 
-def _train_steps(
-    job: Job, engine: Any, groups: ParallelGroups, state: RunState, logger: MetricsLogger, progress: Progress
-) -> None:
-    config, task = job.config, job.task
-    batches = task.batches()
-    throughput = Throughput(window=config.telemetry.every)
-    parts = parameters_by_part(engine.module)
-    throughput.start()
+class Run:
+    """What the steps of a run share."""
+
+    logger: MetricsLogger
+    progress: Progress
+
+    def __init__(self, job: Job, engine: Any, groups: ParallelGroups, state: RunState, deadline: Deadline):
+        config = job.config
+        self.job, self.engine, self.groups, self.state, self.deadline = job, engine, groups, state, deadline
+        self.parts = parameters_by_part(engine.module)
+        self.throughput = Throughput(window=config.telemetry.every)
+        self.agreement = Agreement()
+        self.interruption = Interruption()
+        self.watchdog = Watchdog(hang_s=60 * config.faults.hang_minutes)
+        self.bad_steps = BadSteps(config.faults)
+        self.spikes = SpikeWatch(config.faults)
+        self.collapse = CollapseWatch(config.faults, job.task.sparse_layers, config.moe.top_k)
+        facts = {"kind": job.task.model_kind, "settings": to_dict(config), "layout": job.layout}
+        self.saver = checkpoint.Saver(job.run_dir, config.checkpoint, facts, config.optim.name)
+
+    def tell(self, lines: Iterable[str]) -> None:
+        """Print lines above the progress bar, on rank 0."""
+        for line in lines:
+            self.progress.message(line)
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What one optimizer step gave, the same on all ranks but for the loss.
+
+    Attributes:
+        record: what it reports; empty unless it was to be logged.
+        updated: whether the parameters were changed.
+        spiked: whether the loss was far above those before.
+        asked_to_stop: whether any rank was asked to save and stop.
+    """
+
+    record: dict[str, Any]
+    updated: bool
+    spiked: bool
+    asked_to_stop: bool
+
+
+def _train_steps(run: Run) -> None:
+    job, state, config = run.job, run.state, run.job.config
+    run.throughput.start()
     while state.step < config.max_steps:
         state.step += 1
         last = state.step == config.max_steps
         logged = state.step == 1 or state.step % config.telemetry.every == 0 or last
-        record = {"lr": engine.get_lr()[0]} | _step(job, engine, groups, parts if logged else None)
+        learning_rate = run.engine.get_lr()[0]
+        outcome = _step(run, logged=logged)
         state.tokens += job.tokens_per_step
-        throughput.step(job.tokens_per_step)
+        run.throughput.step(job.tokens_per_step)
         if logged:
-            record = {"step": state.step, "tokens": state.tokens} | record | _speed(job, throughput)
-            logger.log(record)
-            _stop_if_not_finite(record)
-            progress.update(state.step, loss=record["lm_loss"], tokens_per_s=record["tokens_per_s"])
-        with throughput.pause():
-            if last or (config.eval.every and state.step % config.eval.every == 0):
-                state.scores = task.evaluate(engine)
-                logger.log({"step": state.step, "tokens": state.tokens} | state.scores)
-                progress.message(f"step {state.step}: held-out loss {state.scores['eval/loss']:.4f}")
-            if last or (config.save_every and state.step % config.save_every == 0):
-                position = batches.state_dict()
-                checkpoint.save(
-                    engine, job.run_dir, step=state.step, tokens=state.tokens, data_state=position, layout=job.layout
-                )
+            _log(run, {"lr": learning_rate} | outcome.record)
+        with run.throughput.pause():
+            if outcome.spiked and _roll_back(run):
+                continue
+            is_best = (last or _due(config.eval.every, state.step)) and _evaluate(run)
+            leaving = last or outcome.asked_to_stop
+            if leaving or is_best or _due(config.checkpoint.every, state.step):
+                _save(run, best=is_best)
+            if leaving:
+                run.saver.wait()
+            run.tell(run.saver.news())
+        if leaving and run.saver.failure:
+            raise checkpoint.NotSavedError(f"step {state.step} was not saved: {run.saver.failure}")
+        if outcome.asked_to_stop and not last:
+            raise PreemptedError(f"stopped and saved after step {state.step}; --resume auto continues")
 
 
-def _step(job: Job, engine: Any, groups: ParallelGroups, parts: dict[str, Any] | None) -> dict[str, Any]:
-    """One optimizer step over its micro-batches; with ``parts`` also what it reports."""
+def _step(run: Run, *, logged: bool) -> StepOutcome:
+    """One optimizer step over its micro-batches. A loss or gradient that is not a number changes nothing."""
+    job, engine, step = run.job, run.engine, run.state.step
     meter, record = StepMeter(), {}
     loads: list[Tensor] = []
+    losses: list[Tensor] = []
+    asked_to_stop = updated = False
     for micro_step in range(job.plan.grad_accum):
-        output = job.task.forward(engine, next(job.task.batches()))
+        run.watchdog.at(step, "data")
+        batch = next(job.task.batches())
+        run.watchdog.at(step, "forward")
+        output = job.task.forward(engine, batch)
+        run.watchdog.at(step, "backward")
         engine.backward(output.loss)
+        losses.append(output.loss.detach())
         if output.moe is not None:
             loads.append(output.moe.assignments_E.detach())
-        if parts is not None:
+        if logged:
             meter.add(output)
-            if micro_step == job.plan.grad_accum - 1:
-                record = _grad_norms(engine, parts, job.plan.stage, groups)
-        engine.step()
+        run.watchdog.at(step, "update")
+        if micro_step < job.plan.grad_accum - 1:
+            engine.step()
+            continue
+        # In fp16 an infinite gradient is usual, and DeepSpeed answers it by a lower loss scale.
+        bad_gradient = job.plan.precision != "fp16" and not zero_state.gradients_are_finite(engine)
+        bad_loss = not bool(torch.stack(losses).isfinite().all())
+        wanted = bool(run.interruption.requested) or run.deadline.near(run.saver.write_s)
+        bad_loss, bad_gradient, asked_to_stop = run.agreement.any(bad_loss, bad_gradient, wanted)
+        if logged or bad_loss or bad_gradient:
+            record = _grad_norms(engine, run.parts, job.plan.stage, run.groups)
+        if bad_loss or bad_gradient:
+            zero_state.step_without_update(engine)
+            run.tell([run.bad_steps.bad(step, _what_is_bad(bad_loss, record))])
+        else:
+            engine.step()
+            run.bad_steps.good()
+            updated = not zero.last_step_was_skipped(engine)
     moe = job.config.moe
-    if moe.enabled and moe.router == "sigmoid" and not zero.last_step_was_skipped(engine):
+    if moe.enabled and moe.router == "sigmoid" and updated:
         update_selection_biases(engine.module, sum_over_ranks(torch.stack(loads).sum(dim=0)), moe.bias_update_rate)
-    if parts is None:
-        return {}
-    if job.plan.precision == "fp16":
-        record |= {"loss_scale": zero.loss_scale(engine), "skipped_steps": engine.skipped_steps}
-    return meter.record() | record
+    spiked = False
+    if job.config.faults.spike_factor:
+        loss = run.agreement.mean(float(torch.stack(losses).mean()))
+        spiked = updated and run.spikes.is_spike(loss)
+    if logged:
+        record |= {"skipped_steps": run.bad_steps.total + engine.skipped_steps}
+        if job.plan.precision == "fp16":
+            record["loss_scale"] = zero.loss_scale(engine)
+        record = meter.record() | record
+    return StepOutcome(record, updated, spiked, asked_to_stop)
 
 
-def _agree_on_checkpoint(job: Job) -> None:
-    """Stop all ranks unless they all found the checkpoint that rank 0 found: their folders may not be one."""
-    mine = job.resume_from.name if job.resume_from else "none"
-    found: list[str] = [""] * job.launch.world_size
-    dist.all_gather_object(found, mine)
-    with _stopping_together():
-        if mine != found[0]:
-            host = socket.gethostname()
-            raise ConfigError(
-                Problem(
-                    "output_dir",
-                    f"host {host} finds the checkpoint {mine} in {job.run_dir}, rank 0 finds {found[0]}",
-                    "choose a folder that all hosts share",
-                )
-            )
+def _due(every: int, step: int) -> bool:
+    return bool(every) and step % every == 0
 
 
-def _open_logger(job: Job, step: int) -> MetricsLogger:
-    """The metrics of this start; a resumed run continues its file, any other begins one."""
-    settings = to_dict(job.config)
-    if job.launch.is_main:
-        if job.resume_from is None:
-            keep_earlier_metrics(job.run_dir)
-        snapshot(job.run_dir, settings=settings, deepspeed=job.plan.json, argv=job.argv, device=job.device.name)
-    logger = MetricsLogger(
-        job.run_dir,
-        job.config.telemetry,
-        run_config=settings,
-        run_name=job.run_dir.name,
-        enabled=job.launch.is_main,
-        layers=job.task.sparse_layers,
-    )
-    logger.truncate_after(step if job.resume_from else -1)
-    return logger
+def _log(run: Run, record: dict[str, Any]) -> None:
+    state = run.state
+    record = {"step": state.step, "tokens": state.tokens} | record | _speed(run.job, run.throughput)
+    run.logger.log(record)
+    run.progress.update(state.step, loss=record["lm_loss"], tokens_per_s=record["tokens_per_s"])
+    run.tell(run.collapse.look(record))
 
 
-def _open_progress(job: Job, step: int) -> Progress:
-    progress = Progress(job.config.max_steps, enabled=job.launch.is_main, start_step=step)
-    _announce(job, progress)
-    return progress
+def _evaluate(run: Run) -> bool:
+    """Score the held-out data. Returns whether it is the best so far, where ``checkpoint.save_best`` asks for that."""
+    state, wanted = run.state, run.job.config.checkpoint.save_best
+    run.watchdog.at(state.step, "evaluation")
+    scores = run.job.task.evaluate(run.engine)
+    best = state.scores.get("best")
+    state.scores = scores | ({"best": best} if best is not None else {})
+    run.logger.log({"step": state.step, "tokens": state.tokens} | scores)
+    run.progress.message(f"step {state.step}: held-out loss {scores['eval/loss']:.4f}")
+    if not wanted or not math.isfinite(scores[wanted]):
+        return False
+    sign = 1 if run.job.task.scores[wanted] == "lower" else -1
+    if best is not None and sign * scores[wanted] >= sign * best:
+        return False
+    state.scores["best"] = scores[wanted]
+    return True
 
 
-@contextmanager
-def _naming_this_rank(launch: Launch) -> Iterator[None]:
-    """Let a rank whose data fails in the middle of a run say so itself: the others know nothing of it."""
-    try:
-        yield
-    except ConfigError as error:
-        host = socket.gethostname()
-        print(f"rank {launch.rank} on {host}: {format_problems(error.problems)}", file=sys.stderr, flush=True)
-        raise SystemExit(EXIT_BAD_CONFIG) from None
+def _save(run: Run, *, best: bool) -> None:
+    state = run.state
+    run.watchdog.at(state.step, "save")
+    moment = checkpoint.Moment(state.step, state.tokens, dict(state.scores))
+    run.saver.save(run.engine, moment, run.job.task.batches().state_dict(), best=best)
 
 
-def _prepare_data(job: Job) -> None:
-    """Make the data ready once a host, then open it on every rank; a problem on one rank stops all of them."""
-    launch, task = job.launch, job.task
-    with _stopping_together():
-        if launch.is_host_main:
-            task.prepare(print if launch.is_main else lambda _: None)
-    with _stopping_together():
-        task.open(micro_batch=job.plan.micro_batch, rank=launch.rank, world_size=launch.world_size)
+def _roll_back(run: Run) -> bool:
+    """After a spike: back to the newest checkpoint, and on with the data after the spike. False if there is none."""
+    state = run.state
+    run.saver.wait()
+    path = next(iter(complete(run.job.run_dir)), None)
+    if path is None:
+        run.tell([f"warning: the loss spiked at step {state.step}, and there is no checkpoint yet to go back to"])
+        return False
+    run.spikes.rolled_back(state.step)
+    run.watchdog.at(state.step, "going back")
+    index = read_index(path)
+    snapshot.put(run.engine, Reader(path, index), step=index.step)
+    run.tell([f"warning: the loss spiked at step {state.step}: back to {path.name}, and past the data since then"])
+    state.step = index.step  # not the tokens: the data goes on from here
+    run.logger.truncate_after(index.step)
+    return True
 
 
-@contextmanager
-def _stopping_together() -> Iterator[None]:
-    """Raise a :class:`ConfigError` of any rank on all of them, instead of leaving the others to wait for it."""
-    mine: list[Problem] = []
-    try:
-        yield
-    except ConfigError as error:
-        mine = error.problems
-    everyones: list[list[Problem] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyones, mine)
-    problems = list(dict.fromkeys(p for theirs in everyones for p in theirs or []))
-    if problems:
-        dist.destroy_process_group()
-        raise ConfigError(problems)
-
-
-def _announce(job: Job, progress: Progress) -> None:
-    config, plan = job.config, job.plan
-    moe = (
-        f"{config.moe.num_experts} experts top-{config.moe.top_k}, {config.moe.backend}"
-        if config.moe.enabled
-        else "dense"
-    )
-    progress.message(
-        f"{job.name} at scale {config.scale}: {moe}, ep_size {config.moe.ep_size}; ZeRO-{plan.stage}, "
-        f"{plan.precision}, {job.launch.world_size} x {job.device.name}; {job.tokens_per_step:,} tokens a step"
-    )
-    for remark in config.remarks():
-        progress.message(f"note: {remark}")
-    if job.resume_from is not None:
-        progress.message(f"continuing from {job.resume_from}")
-    elif job.device.is_cpu and plan.precision == "fp32" and devices.has_fast_bf16_cpu():
-        progress.message("this CPU multiplies bf16 about 6 times faster than fp32: enable bf16 in the DeepSpeed JSON")
+def _what_is_bad(bad_loss: bool, norms: dict[str, float]) -> str:
+    parts = [name.removeprefix("grad_norm/") for name, norm in norms.items() if "/" in name and not math.isfinite(norm)]
+    gradients = f"the gradient of {', '.join(parts)}" if parts else ""
+    return " and ".join(filter(None, ["the loss" if bad_loss else "", gradients])) + " is not a number"
 
 
 def _grad_norms(engine: Any, parts: dict[str, Any], stage: int, groups: ParallelGroups) -> dict[str, float]:
@@ -236,14 +299,6 @@ def _grad_norms(engine: Any, parts: dict[str, Any], stage: int, groups: Parallel
     squares = zero.squared_grad_norms(engine, parts, stage, groups)
     norms = {f"grad_norm/{part}": math.sqrt(square) for part, square in squares.items()}
     return {"grad_norm": math.sqrt(sum(squares.values())), **norms}
-
-
-def _stop_if_not_finite(record: dict[str, Any]) -> None:
-    # An fp16 overflow shows in the gradients alone, and DeepSpeed skips that step by itself.
-    if not math.isfinite(record["loss"]):
-        raise DivergedError(
-            f"the loss is {record['loss']} at step {record['step']}: lower --optim.lr or raise --optim.warmup_steps"
-        )
 
 
 def _speed(job: Job, throughput: Throughput) -> dict[str, Any]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,12 @@ from moe_scale.parallel.launch import Launch
 from moe_scale.settings import read_settings, to_dict, to_yaml
 from moe_scale.telemetry.quiet import quiet
 from moe_scale.train import checkpoint
+from moe_scale.train.checkpoint import NotSavedError
+from moe_scale.train.faults import EXIT_PREEMPTED, PreemptedError
 from moe_scale.train.optim import optimizer_problems
 from moe_scale.train.task import Task
 
 EXIT_INTERRUPTED = 130
-
-MAY_CHANGE = ("activation_checkpointing", "loss_chunk_tokens")
-"""Settings of the model that change how it is computed and nothing that a checkpoint holds."""
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 
@@ -64,6 +64,7 @@ class Job:
     task: Task
     resume_from: Path | None
     argv: list[str]
+    remarks: tuple[str, ...] = ()
 
     @property
     def run_dir(self) -> Path:
@@ -78,40 +79,46 @@ class Job:
 
     @property
     def layout(self) -> dict[str, Any]:
-        """What a checkpoint's files depend on: how the run is spread over ranks, its model and its optimizer."""
-        settings = to_dict(self.config)
-        sections = {name: settings[name] for name in ("model", "moe", "optim") if name in settings}
+        """How the run is spread, for the record: a checkpoint opens under any other."""
+        moe = self.config.moe
         return {
             "ranks": self.launch.world_size,
-            "zero_optimization.stage": self.plan.stage,
+            "ep_size": moe.ep_size if moe.enabled else 1,
+            "zero_stage": self.plan.stage,
+            "backend": moe.backend if moe.enabled else "none",
             "precision": self.plan.precision,
-            **{
-                f"{section}.{name}": value
-                for section, values in sections.items()
-                for name, value in values.items()
-                if name not in MAY_CHANGE
-            },
         }
 
 
 def main(recipe: Recipe, argv: Sequence[str] | None = None) -> None:
     """Run a recipe from the command line. Leaves with exit code 2 and one message when the input is wrong."""
     quiet()
+    with exit_codes():
+        job = prepare_job(recipe, list(sys.argv[1:] if argv is None else argv))
+        from moe_scale.train.loop import train
+
+        train(job)
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def exit_codes() -> Iterator[None]:
+    """Turn what ends a run early into one line from rank 0 and the process's exit code, on every rank."""
     try:
         with exit_on_config_error():
-            job = prepare_job(recipe, list(sys.argv[1:] if argv is None else argv))
-            from moe_scale.train.loop import train
-
-            train(job)
-            dist.destroy_process_group()
-    except DivergedError as error:
-        if job.launch.is_main:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(1) from None
+            yield
+    except (DivergedError, NotSavedError) as error:
+        _leave(f"error: {error}", 1)
+    except PreemptedError as error:
+        _leave(str(error), EXIT_PREEMPTED)
     except KeyboardInterrupt:
-        if launches.detect().is_main:
-            print("interrupted", file=sys.stderr, flush=True)
-        raise SystemExit(EXIT_INTERRUPTED) from None
+        _leave("interrupted", EXIT_INTERRUPTED)
+
+
+def _leave(text: str, code: int) -> None:
+    if launches.detect().is_main:
+        print(text, file=sys.stderr, flush=True)
+    raise SystemExit(code) from None
 
 
 def prepare_job(recipe: Recipe, argv: list[str]) -> Job:
@@ -156,10 +163,12 @@ def prepare_job(recipe: Recipe, argv: list[str]) -> Job:
         problems += error.problems
     task = recipe.task(config)
     problems += task.check()
+    if (best := config.checkpoint.save_best) and best not in task.scores:
+        problems.append(Problem("checkpoint.save_best", f"{best!r}", f"choose one of {', '.join(task.scores)}"))
     job = Job(recipe.name, config, ds_plan, launch, device, task, None, argv)
-    resume_from, resume_problems = _resume(job)
+    resume_from, resume_problems, remarks = _resume(job)
     raise_if(problems + resume_problems)
-    return replace(job, resume_from=resume_from)
+    return replace(job, resume_from=resume_from, remarks=remarks)
 
 
 def _with_ep_size(config: Any, ep_size: int) -> Any:
@@ -172,48 +181,34 @@ def _widest_ep_size(config: RunConfig, plan: DeepSpeedPlan, launch: Launch) -> i
     return math.gcd(config.moe.num_experts, launch.local_world_size) if spreads else 1
 
 
-def _resume(job: Job) -> tuple[Path | None, list[Problem]]:
-    """The checkpoint to continue from, and what stands in the way of starting in ``output_dir``."""
+def _resume(job: Job) -> tuple[Path | None, list[Problem], tuple[str, ...]]:
+    """The checkpoint to continue from, what stands in the way of starting in ``output_dir``, and remarks."""
+
+    def here(where: str, what: str, allowed: str) -> Problem:
+        return Problem(where, what, allowed, this_host_only=True)
+
     config, run_dir = job.config, job.run_dir
     if problem := _cannot_hold_a_run(run_dir):
-        return None, [Problem("output_dir", f"{run_dir} {problem}", "choose another folder", this_host_only=True)]
+        return None, [here("output_dir", f"{run_dir} {problem}", "choose another folder")], ()
     if config.resume == "never":
         if (run_dir / "run.json").exists() or (run_dir / "metrics.jsonl").exists():
-            return None, [
-                Problem(
-                    "output_dir",
-                    f"{run_dir} already holds a run",
-                    "continue it with --resume auto, or choose another --output_dir",
-                    this_host_only=True,
-                )
-            ]
-        return None, []
-    found = checkpoint.newest(run_dir)
-    if found is None:
+            instead = "continue it with --resume auto, or choose another --output_dir"
+            return None, [here("output_dir", f"{run_dir} already holds a run", instead)], ()
+        return None, [], ()
+    intact, damaged = checkpoint.candidates(run_dir)
+    if damaged and (config.resume == "must" or not intact):
+        return None, [problem for error in damaged for problem in error.problems], ()
+    if not intact:
         if config.resume == "must":
-            return None, [
-                Problem(
-                    "resume",
-                    f"{run_dir} holds no complete checkpoint",
-                    "use --resume auto to start anew",
-                    this_host_only=True,
-                )
-            ]
-        return None, []
-    try:
-        step = checkpoint.describe(found)["step"]
-        if step >= config.max_steps:
-            return found, [
-                Problem(
-                    "max_steps",
-                    f"{config.max_steps}, but {found.name} is already there",
-                    f"choose more than {step}",
-                    this_host_only=True,
-                )
-            ]
-        return found, checkpoint.layout_problems(found, job.layout)
-    except ConfigError as error:
-        return None, error.problems
+            return None, [here("resume", f"{run_dir} holds no checkpoint", "use --resume auto to start anew")], ()
+        return None, [], ()
+    path, index = intact[0]
+    remarks = tuple(f"a damaged checkpoint is passed over: {error}" for error in damaged)
+    if index.step >= config.max_steps:
+        what = f"{config.max_steps}, but {path.name} is already there"
+        return path, [here("max_steps", what, f"choose more than {index.step}")], remarks
+    changed = checkpoint.changed_settings(index, to_dict(config))
+    return path, checkpoint.structure_problems(path, index, to_dict(config)), (*remarks, *changed)
 
 
 def _cannot_hold_a_run(run_dir: Path) -> str:

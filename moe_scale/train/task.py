@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from torch import nn
 
@@ -36,6 +36,12 @@ class Task(abc.ABC):
 
     sparse_layers: list[int]
     """Numbers of the layers that have experts, for the names of their metrics."""
+
+    model_kind: str
+    """The model's name for :func:`moe_scale.models.build.build_model`."""
+
+    scores: ClassVar[dict[str, Literal["lower", "higher"]]]
+    """Held-out scores of :meth:`evaluate` that can be called best, and which way."""
 
     @abc.abstractmethod
     def check(self) -> list[Problem]:

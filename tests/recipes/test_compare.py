@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import subprocess
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from moe_scale.cli import main
 from moe_scale.config import MoEConfig
 from moe_scale.errors import ConfigError
 from moe_scale.tools import compare, layer_comparison, peers
@@ -171,10 +171,15 @@ def test_a_file_without_a_recipe_is_named(path: str) -> None:
         compare.load_recipe(REPO / path)
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [["nowhere.py"], [RECIPE, "--variants", "custm"], [RECIPE, "--rounds", "0"], [RECIPE, "--no.such", "1"]],
-)
+@pytest.mark.parametrize("flags", [["--variants", "custm"], ["--rounds", "0"], ["--rounds", "x"]])
+def test_slips_in_its_own_flags_are_named(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["compare", RECIPE, *flags])
+    assert ended.value.code == 2
+    assert flags[0] in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("arguments", [["nowhere.py"], [RECIPE, "--no.such", "1"]])
 def test_one_message_and_exit_code_2(arguments: list[str], tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "moe_scale.cli", "compare", *arguments, "--output_dir", str(tmp_path / "compare")],
@@ -183,5 +188,5 @@ def test_one_message_and_exit_code_2(arguments: list[str], tmp_path: Path) -> No
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert done.stderr.count("error: ") == 1
-    assert any(word in done.stderr for word in itertools.chain(arguments))
+    assert any(word in done.stderr for word in arguments)
     assert not (tmp_path / "compare").exists()

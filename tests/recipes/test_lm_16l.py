@@ -48,7 +48,7 @@ def test_the_large_scales_are_the_flagship() -> None:
 def test_what_a_run_leaves_and_what_resuming_continues(tiny_flags: list[str], tmp_path: Path) -> None:
     """One process trains every case; what each case is about is asserted below, by its folder's name."""
     tiny = [*tiny_flags, "--telemetry.tensorboard", "false"]
-    whole = [*tiny_flags, "--save_every", "2", "--output_dir", str(tmp_path / "whole")]
+    whole = [*tiny_flags, "--checkpoint.every", "2", "--output_dir", str(tmp_path / "whole")]
     cases = {
         "whole": [],
         "8bit": ["--optim.name", "adamw8bit"],

@@ -26,10 +26,10 @@ LAYERS = (
     ("parallel",),
     ("moe",),
     ("models",),
-    ("data", "telemetry", "evaluate"),
+    ("data", "telemetry", "evaluate", "checkpoint"),
     ("train",),
     ("tools",),
-    ("cli",),
+    ("cli", "__init__"),
     ("__main__",),
 )
 LAYER_OF = {part: layer for layer, parts in enumerate(LAYERS) for part in parts}

@@ -130,6 +130,7 @@ def test_help_comes_before_complaints(capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_every_setting_has_help_and_is_taken_from_the_command_line() -> None:
     other = {bool: "true", int: "2", float: "0.5"}
+    texts = {"max_time": "1:30:00"}
     for leaf in LEAVES:
         assert leaf.help
         before = value_of(read().config, leaf.path)
@@ -139,7 +140,11 @@ def test_every_setting_has_help_and_is_taken_from_the_command_line() -> None:
             given = {"True": "false"}.get(str(before), other[type(before)])
             expected = type(before)({"false": 0, "true": 1}.get(given, given))
         else:
-            choices = typing.get_args(leaf.annotation) if typing.get_origin(leaf.annotation) is Literal else ("other",)
+            choices = (
+                typing.get_args(leaf.annotation)
+                if typing.get_origin(leaf.annotation) is Literal
+                else (texts.get(leaf.path, "other"),)
+            )
             given = next(choice for choice in choices if choice != before)
             expected = given
         result = read(f"--{leaf.path}", given)

@@ -17,8 +17,10 @@ from moe_scale.initialization import Init
 from moe_scale.moe.dispatch import combine_rows, gather_rows, plan_dispatch
 from moe_scale.moe.experts import Experts
 from moe_scale.moe.layer import MoEStats, SparseLayer, make_stats
+from moe_scale.moe.placement import Placement, Stretch, experts_of, whole
 from moe_scale.moe.router import Router, softmax_top_k
 from moe_scale.parallel.groups import ParallelGroups
+from moe_scale.parallel.zero import full_shape
 
 
 def ds_section(config: MoEConfig, *, on_cpu: bool) -> dict[str, Any]:
@@ -78,6 +80,28 @@ class AutoEPMoE(SparseLayer):
         routing = softmax_top_k(logits_TE, config.top_k, renormalize=config.renormalize)
         none_dropped = torch.zeros((), device=x_BSD.device)
         return y_BSD, make_stats(config, routing, none_dropped, len(x_BSD), valid_T), self.run_dense(x_BSD)
+
+    def placements(self) -> dict[str, Placement]:
+        num_experts, block = self.config.num_experts, self.block
+        shapes = {name: tuple(full_shape(parameter)) for name, parameter in block.named_parameters()}
+        if isinstance(block, _Block):  # no engine has replaced it
+            return {
+                f"block.{name}": experts_of(name, num_experts, 0, num_experts, shape[1:])
+                if name.startswith("experts")
+                else whole(name, shape)
+                for name, shape in shapes.items()
+            }
+        first: int = block.ep_rank * block.num_local_experts  # type: ignore[assignment,operator]
+        local, hidden, d_model = shapes["experts.w1"]
+        half = hidden * d_model
+        gate, up = ([Stretch(e * half, (2 * (first + e) + part) * half, half) for e in range(local)] for part in (0, 1))
+        gate_up = (num_experts, 2 * hidden, d_model)
+        return {
+            "block.router.gate.weight": whole("router.weight", shapes["router.gate.weight"]),
+            "block.experts.w1": Placement("experts.gate_up", gate_up, gate),
+            "block.experts.w3": Placement("experts.gate_up", gate_up, up),
+            "block.experts.w2": experts_of("experts.down", num_experts, first, local, (d_model, hidden)),
+        }
 
 
 def replace_block(model: nn.Module, config: MoEConfig) -> None:

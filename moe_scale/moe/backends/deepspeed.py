@@ -23,9 +23,10 @@ from moe_scale.moe.conventions import deepspeed_top_k
 from moe_scale.moe.dispatch import capacity
 from moe_scale.moe.experts import activate, expert_stds
 from moe_scale.moe.layer import MoEStats, SparseLayer, make_stats
+from moe_scale.moe.placement import Placement, experts_of, whole
 from moe_scale.moe.router import Router, softmax_top_k
 from moe_scale.parallel.groups import ParallelGroups
-from moe_scale.parallel.zero import has_tutel, mark_expert_parameters, set_expert_group
+from moe_scale.parallel.zero import full_shape, has_tutel, mark_expert_parameters, set_expert_group
 
 
 class _Gate(TopKGate):
@@ -144,6 +145,7 @@ class DeepSpeedMoE(SparseLayer):
 
     def __init__(self, config: MoEConfig, d_model: int, groups: ParallelGroups, init: Init, depth_scale: float = 1.0):
         super().__init__(config, d_model, init, depth_scale)
+        self.first_expert = groups.local_experts(config.num_experts)[0]
         self.layer = MOELayer(
             _Gate(config, d_model, init / "router"),
             _Experts(config, d_model, groups, init / "experts", depth_scale),
@@ -175,3 +177,17 @@ class DeepSpeedMoE(SparseLayer):
         if as_deepspeed:
             stats = stats._replace(aux_loss=own_aux_loss)
         return y_BSD, stats, self.run_dense(x_BSD)
+
+    def placements(self) -> dict[str, Placement]:
+        gate, experts = "layer.gate.wg.weight", "layer.experts.deepspeed_experts"
+        found = {gate: whole("router.weight", tuple(full_shape(self.get_parameter(gate))))}
+        for place, expert in enumerate(self.get_submodule(experts).children()):
+            for name, parameter in expert.named_parameters():
+                found[f"{experts}.{place}.{name}"] = experts_of(
+                    f"experts.{name}",
+                    self.config.num_experts,
+                    self.first_expert + place,
+                    1,
+                    tuple(full_shape(parameter)),
+                )
+        return found

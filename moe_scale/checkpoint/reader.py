@@ -1,0 +1,112 @@
+"""Read any stretch of any tensor of a checkpoint, and whole models."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from moe_scale.checkpoint.files import DamagedCheckpointError, TensorFile
+from moe_scale.checkpoint.folder import find_checkpoint
+from moe_scale.checkpoint.index import BLOCK, WEIGHT, Fragment, Index, key_of, read_index, verify
+from moe_scale.models.build import build_model
+
+
+class Codes(NamedTuple):
+    """A stretch of an 8-bit moment as it was stored: uint8 codes, fp32 scales, and the first element's place."""
+
+    codes: Tensor
+    scales: Tensor
+    in_block: int
+
+
+class Reader:
+    """A checkpoint whose files are opened when they are needed.
+
+    Nothing here compares checksums: :func:`moe_scale.checkpoint.index.verify` does, once and before anything is used.
+    """
+
+    def __init__(self, folder: Path, index: Index):
+        self.folder, self.index = folder, index
+        self._open = functools.cache(lambda name: TensorFile(folder / name))
+
+    def read(self, name: str, state: str, start: int, length: int) -> Tensor:
+        """Elements ``start`` to ``start + length`` of a flattened tensor's ``state``; 8-bit moments as fp32."""
+        tensor = self.index.tensors[name]
+        parts = []
+        for fragment in tensor.states[state]:
+            first, last = max(start, fragment.start), min(start + length, fragment.start + fragment.length)
+            if first >= last:
+                continue
+            file, key = self._open(fragment.file), key_of(name, state, fragment, tensor.numel)
+            if fragment.scales_checksum:
+                values = self._decoded(name, state, fragment)[first - fragment.start : last - fragment.start]
+            else:
+                values = file.read(key, first - fragment.start, last - first)
+            parts.append(values)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def codes(self, name: str, state: str, start: int, length: int) -> Codes | None:
+        """An 8-bit moment as it was stored, if exactly this stretch was; else None."""
+        tensor = self.index.tensors[name]
+        for fragment in tensor.states[state]:
+            if (fragment.start, fragment.length) == (start, length) and fragment.scales_checksum:
+                file = self._open(fragment.file)
+                codes = file.read(key_of(name, state, fragment, tensor.numel))
+                scales = file.read(key_of(name, state, fragment, tensor.numel, scales=True))
+                return Codes(codes, scales, fragment.in_block)
+        return None
+
+    def weight(self, name: str) -> Tensor:
+        """A whole logical tensor in its shape."""
+        tensor = self.index.tensors[name]
+        return self.read(name, WEIGHT, 0, tensor.numel).view(tensor.shape)
+
+    def _decoded(self, name: str, state: str, fragment: Fragment) -> Tensor:
+        stored = self.codes(name, state, fragment.start, fragment.length)
+        assert stored is not None
+        table = torch.tensor(self.index.optimizer["tables"][state], dtype=torch.float32)
+        blocks = (torch.arange(fragment.length) + stored.in_block) // BLOCK
+        return table[stored.codes.long()] * stored.scales[blocks]
+
+
+def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The model of a checkpoint or a run, on the CPU of this process, in evaluation mode.
+
+    Needs neither DeepSpeed nor a process group, whatever wrote the checkpoint.
+
+    Args:
+        path: a checkpoint's folder, or a run's, which means its newest checkpoint.
+        dtype: of the parameters. Buffers keep theirs.
+
+    Raises:
+        ConfigError: if there is no checkpoint, or it is damaged; nothing of it is used then.
+    """
+    folder = find_checkpoint(Path(path).expanduser())
+    index = read_index(folder)
+    verify(folder, index)
+    return fill(build_model(index.kind, index.settings), Reader(folder, index), dtype)
+
+
+def fill(model: nn.Module, reader: Reader, dtype: torch.dtype) -> nn.Module:
+    """Give a model without values (on the meta device) those of a checkpoint."""
+    model.to_empty(device="cpu")
+    state: dict[str, Any] = {**dict(model.named_parameters()), **persistent_buffers(model)}
+    wrong = sorted(state.keys() ^ reader.index.tensors.keys())
+    if wrong:
+        raise DamagedCheckpointError(reader.folder, f"does not fit the model that it names: {', '.join(wrong[:5])}")
+    with torch.no_grad():
+        for name, target in state.items():
+            target.copy_(reader.weight(name))
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model.eval()
+
+
+def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Buffers that belong to a model's state, such as the selection bias of a sigmoid router."""
+    kept = model.state_dict(keep_vars=True)
+    return {name: buffer for name, buffer in model.named_buffers() if name in kept}

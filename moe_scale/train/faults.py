@@ -1,0 +1,210 @@
+"""What a run does when it is interrupted, and when its loss or its routing goes wrong."""
+
+from __future__ import annotations
+
+import collections
+import os
+import signal
+import socket
+import statistics
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from moe_scale.config import FaultConfig
+from moe_scale.errors import DivergedError
+
+EXIT_PREEMPTED = 75
+"""Exit code of a run that was asked to stop and has saved: start it again with ``--resume auto``."""
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SAME_REQUEST_S = 1.0
+"""Launchers send a signal several times over; what comes within so many seconds is one request."""
+
+
+class PreemptedError(Exception):
+    """The run was asked to stop, and its state is saved. Raised on all ranks at once."""
+
+
+class Interruption:
+    """Whether a signal asks this rank to save and stop. A second one, later, ends the process at once.
+
+    Signals are read from a pipe by a thread: Python runs a handler only when the main thread returns to it, and that
+    one may be waiting in a collective.
+    """
+
+    def __init__(self) -> None:
+        self.requested = ""
+        """Name of the signal that came; empty before."""
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+
+    def __enter__(self) -> Interruption:
+        self._handlers = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+        self._wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, name="signals", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.set_wakeup_fd(self._wakeup)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._writer.close()  # ends the thread
+
+    def _listen(self) -> None:
+        first = 0.0
+        while numbers := self._reader.recv(64):
+            for number in numbers:
+                if number not in SIGNALS:
+                    continue
+                if not self.requested:
+                    first, self.requested = time.monotonic(), signal.Signals(number).name
+                elif time.monotonic() - first > SAME_REQUEST_S:
+                    os._exit(128 + number)
+        self._reader.close()
+
+
+class Agreement:
+    """Makes what one rank sees known to all, once a step, over a process group of the host's own.
+
+    It works on the CPU, so that no device has to wait for it.
+    """
+
+    def __init__(self) -> None:
+        self._group = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
+
+    def any(self, *flags: bool) -> list[bool]:
+        """For each flag, whether it is set on any rank; all ranks together."""
+        if self._group is None:
+            return list(flags)
+        found = torch.tensor(flags, dtype=torch.uint8)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self._group)
+        return [bool(flag) for flag in found.tolist()]
+
+    def mean(self, value: float) -> float:
+        """The mean over ranks; all ranks together."""
+        if self._group is None:
+            return value
+        total = torch.tensor(value, dtype=torch.float64)
+        dist.all_reduce(total, group=self._group)
+        return float(total) / dist.get_world_size()
+
+
+class Deadline:
+    """When a run has to save so that it is done before its time is up.
+
+    Args:
+        seconds: that the run may take from now on; None for as long as it likes.
+    """
+
+    def __init__(self, seconds: float | None):
+        self.end = None if seconds is None else time.monotonic() + seconds
+        self._steps: collections.deque[float] = collections.deque(maxlen=20)
+        self._last = time.monotonic()
+
+    def near(self, save_s: float) -> bool:
+        """Whether another step may be one too many. Call it once a step.
+
+        Args:
+            save_s: seconds that a checkpoint takes.
+        """
+        now = time.monotonic()
+        self._steps.append(now - self._last)
+        self._last = now
+        return self.end is not None and now + 2 * max(self._steps) + 2 * save_s >= self.end
+
+
+class BadSteps:
+    """Counts the steps that were skipped because their loss or gradient was not a number."""
+
+    def __init__(self, config: FaultConfig):
+        self.config = config
+        self.total = self.in_a_row = 0
+
+    def good(self) -> None:
+        self.in_a_row = 0
+
+    def bad(self, step: int, what: str) -> str:
+        """Count a step. Returns what to tell.
+
+        Raises:
+            DivergedError: when there were too many in a row.
+        """
+        self.total += 1
+        self.in_a_row += 1
+        if self.in_a_row >= self.config.max_bad_steps:
+            raise DivergedError(
+                f"{what} at step {step}, the {self.in_a_row}th skipped step in a row (faults.max_bad_steps): lower "
+                "--optim.lr, raise --optim.warmup_steps, or look at the data; the last checkpoint is from before"
+            )
+        return f"warning: step {step} was skipped: {what}"
+
+
+class SpikeWatch:
+    """Notices a loss far above those of the last 50 steps (``faults.spike_factor``)."""
+
+    def __init__(self, config: FaultConfig):
+        self.config = config
+        self.rollbacks = 0
+        self._losses: collections.deque[float] = collections.deque(maxlen=50)
+
+    def is_spike(self, loss: float) -> bool:
+        """Whether the loss is a spike; one that is not joins those to compare with."""
+        if len(self._losses) >= 10 and loss > self.config.spike_factor * statistics.fmean(self._losses):
+            return True
+        self._losses.append(loss)
+        return False
+
+    def rolled_back(self, step: int) -> None:
+        """Count a return to a checkpoint.
+
+        Raises:
+            DivergedError: when there were too many.
+        """
+        self.rollbacks += 1
+        if self.rollbacks > self.config.max_rollbacks:
+            raise DivergedError(
+                f"the loss spiked at step {step}, after {self.config.max_rollbacks} returns to a checkpoint "
+                "(faults.max_rollbacks): lower --optim.lr, or look at the data"
+            )
+
+
+class CollapseWatch:
+    """Warns, once a layer, when one expert takes most of the tokens for long.
+
+    Args:
+        layers: numbers of the sparse layers.
+        top_k: experts that a token is sent to.
+    """
+
+    def __init__(self, config: FaultConfig, layers: Sequence[int], top_k: int):
+        self.config, self.layers, self.top_k = config, layers, top_k
+        self._since: dict[int, int] = {}
+        self._warned: set[int] = set()
+
+    def look(self, record: dict[str, Any]) -> list[str]:
+        """Warnings after a logged step.
+
+        Args:
+            record: its record, with ``router/tokens_per_expert`` as one list a layer.
+        """
+        found = []
+        for layer, counts in zip(self.layers, record.get("router/tokens_per_expert", []), strict=False):
+            share = self.top_k * max(counts) / max(sum(counts), 1)
+            even = self.top_k / len(counts)
+            if share <= self.config.collapse_share or even >= self.config.collapse_share:
+                self._since.pop(layer, None)
+                continue
+            steps = record["step"] - self._since.setdefault(layer, record["step"])
+            if steps >= self.config.collapse_steps and layer not in self._warned:
+                self._warned.add(layer)
+                found.append(
+                    f"warning: expert {counts.index(max(counts))} of layer {layer} has taken {share:.0%} of the "
+                    f"tokens, for {steps} steps now: the router has collapsed. Raise --moe.aux_loss_weight (0.01), use "
+                    "--moe.router sigmoid, or add --moe.router_jitter 0.01"
+                )
+        return found

@@ -1,0 +1,159 @@
+"""What all ranks do together before the first step: agree on the checkpoint, prepare the data, open the logs."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch.distributed as dist
+
+from moe_scale.checkpoint import folder as folders
+from moe_scale.checkpoint.index import Index, read_index
+from moe_scale.errors import EXIT_BAD_CONFIG, ConfigError, Problem, format_problems
+from moe_scale.parallel import device as devices
+from moe_scale.parallel.launch import Launch
+from moe_scale.settings import to_dict
+from moe_scale.telemetry.progress import Progress
+from moe_scale.telemetry.provenance import snapshot
+from moe_scale.telemetry.records import keep_earlier_metrics
+from moe_scale.telemetry.sinks import MetricsLogger
+from moe_scale.train import checkpoint
+from moe_scale.train.recipe import Job
+
+
+def agree_on_checkpoint(job: Job) -> tuple[Path, Index] | None:
+    """The checkpoint that all ranks continue from, every byte of it compared with its checksum.
+
+    With ``resume auto`` a damaged one is renamed, and the one before it is taken.
+
+    Raises:
+        ConfigError: if the ranks find different ones, or none is intact.
+    """
+    path = job.resume_from
+    _require_same_everywhere(job, path)
+    damaged: list[Problem] = []
+    while path is not None:
+        index = read_index(path)
+        problems = checkpoint.check_together(path, index)
+        if not problems:
+            return path, index
+        damaged += problems
+        if job.config.resume == "must":
+            break
+        dist.barrier()
+        if job.launch.is_main:
+            print(f"warning: {path.name} is damaged, and the one before it is taken: {problems[0]}", flush=True)
+            folders.set_aside(path, "damaged")
+        dist.barrier()
+        path = next((found for found, _ in checkpoint.candidates(job.run_dir)[0]), None)
+    if damaged:
+        raise ConfigError(damaged)
+    return None
+
+
+def prepare_data(job: Job) -> None:
+    """Make the data ready once a host, then open it on every rank; a problem on one rank stops all of them."""
+    launch, task = job.launch, job.task
+    with stopping_together():
+        if launch.is_host_main:
+            task.prepare(print if launch.is_main else lambda _: None)
+    with stopping_together():
+        task.open(micro_batch=job.plan.micro_batch, rank=launch.rank, world_size=launch.world_size)
+
+
+@contextmanager
+def stopping_together() -> Iterator[None]:
+    """Raise a :class:`ConfigError` of any rank on all of them, instead of leaving the others to wait for it."""
+    mine: list[Problem] = []
+    try:
+        yield
+    except ConfigError as error:
+        mine = error.problems
+    everyones: list[list[Problem] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyones, mine)
+    problems = list(dict.fromkeys(p for theirs in everyones for p in theirs or []))
+    if problems:
+        dist.destroy_process_group()
+        raise ConfigError(problems)
+
+
+def open_logger(job: Job, resumed_at: int | None) -> MetricsLogger:
+    """The metrics of this start; a resumed run continues its file, any other begins one.
+
+    Args:
+        resumed_at: the step of the checkpoint; None for a run that begins.
+    """
+    settings = to_dict(job.config)
+    if job.launch.is_main:
+        if resumed_at is None:
+            keep_earlier_metrics(job.run_dir)
+        snapshot(job.run_dir, settings=settings, deepspeed=job.plan.json, argv=job.argv, device=job.device.name)
+    logger = MetricsLogger(
+        job.run_dir,
+        job.config.telemetry,
+        run_config=settings,
+        run_name=job.run_dir.name,
+        enabled=job.launch.is_main,
+        layers=job.task.sparse_layers,
+    )
+    logger.truncate_after(-1 if resumed_at is None else resumed_at)
+    return logger
+
+
+def open_progress(job: Job, resumed: tuple[Path, Index] | None) -> Progress:
+    """The progress bar, after the lines that introduce the run."""
+    progress = Progress(job.config.max_steps, enabled=job.launch.is_main, start_step=resumed[1].step if resumed else 0)
+    _announce(job, progress, resumed)
+    return progress
+
+
+@contextmanager
+def naming_this_rank(launch: Launch) -> Iterator[None]:
+    """Let a rank whose data fails in the middle of a run say so itself: the others know nothing of it."""
+    try:
+        yield
+    except ConfigError as error:
+        host = socket.gethostname()
+        print(f"rank {launch.rank} on {host}: {format_problems(error.problems)}", file=sys.stderr, flush=True)
+        raise SystemExit(EXIT_BAD_CONFIG) from None
+
+
+def _require_same_everywhere(job: Job, path: Path | None) -> None:
+    """Stop all ranks unless they all found the checkpoint that rank 0 found: their folders may not be one."""
+    mine = path.name if path else "none"
+    found: list[str] = [""] * job.launch.world_size
+    dist.all_gather_object(found, mine)
+    with stopping_together():
+        if mine != found[0]:
+            host = socket.gethostname()
+            raise ConfigError(
+                Problem(
+                    "output_dir",
+                    f"host {host} finds the checkpoint {mine} in {job.run_dir}, rank 0 finds {found[0]}",
+                    "choose a folder that all hosts share",
+                )
+            )
+
+
+def _announce(job: Job, progress: Progress, resumed: tuple[Path, Index] | None) -> None:
+    config, plan = job.config, job.plan
+    moe = (
+        f"{config.moe.num_experts} experts top-{config.moe.top_k}, {config.moe.backend}"
+        if config.moe.enabled
+        else "dense"
+    )
+    progress.message(
+        f"{job.name} at scale {config.scale}: {moe}, ep_size {config.moe.ep_size}; ZeRO-{plan.stage}, "
+        f"{plan.precision}, {job.launch.world_size} x {job.device.name}; {job.tokens_per_step:,} tokens a step"
+    )
+    for remark in [*config.remarks(), *job.remarks]:
+        progress.message(f"note: {remark}")
+    if resumed is not None:
+        path, index = resumed
+        layout = ", ".join(f"{name} {value}" for name, value in index.layout.items())
+        progress.message(f"continuing from {path} ({layout})")
+    elif job.device.is_cpu and plan.precision == "fp32" and devices.has_fast_bf16_cpu():
+        progress.message("this CPU multiplies bf16 about 6 times faster than fp32: enable bf16 in the DeepSpeed JSON")
