@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from moe_scale.errors import exit_on_config_error
 from moe_scale.telemetry.quiet import quiet
 
 
@@ -13,6 +12,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the tool that the command line names."""
     quiet()
     from moe_scale.tools import bench, compare
+    from moe_scale.train.recipe import exit_codes
 
     parser = argparse.ArgumentParser(prog="moe-scale", description="Tools around training mixture-of-experts models.")
     tools = parser.add_subparsers(dest="tool", required=True, metavar="TOOL")
@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         tool = tools.add_parser(name, help=summary, description=summary, allow_abbrev=False)
         module.add_arguments(tool)
     arguments, rest = parser.parse_known_args(argv)
-    with exit_on_config_error():
+    with exit_codes():
         if arguments.tool == "compare":
             compare.run(arguments, rest)
         elif rest:

@@ -148,7 +148,8 @@ class MoELayer(SparseLayer):
         config = self.config
         if config.router == "hash":
             assert token_ids_BS is not None, "hash routing needs the token ids"
-            return hash_top_k(token_ids_BS.reshape(-1), config.num_experts, config.top_k)
+            wide = torch.promote_types(x_TD.dtype, torch.float32)
+            return hash_top_k(token_ids_BS.reshape(-1), config.num_experts, config.top_k, wide)
         if config.router_jitter and self.training:
             x_TD = jittered(x_TD, config.router_jitter)
         logits_TE = self.router(x_TD) / config.router_temperature

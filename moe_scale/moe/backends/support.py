@@ -26,7 +26,8 @@ def unsupported(config: MoEConfig, *, zero_stage: int, on_cpu: bool = True) -> l
             Problem(
                 "moe.intermediate_size",
                 f"{config.intermediate_size}",
-                "the grouped matrix product of a GPU wants rows of 16 bytes: choose a multiple of 8",
+                "the grouped matrix product of a GPU wants rows of 16 bytes: choose a multiple of 8, or moe.backend "
+                "deepspeed",
             )
         )
     if backend != "custom":

@@ -60,7 +60,7 @@ def test_several_expert_counts_are_several_shapes() -> None:
     assert all(row["ratio_to_dense"] is None for row in rows), "without the floor there is no ratio to it"
 
 
-@pytest.mark.parametrize("name", ["deepspeed", "autoep"])
+@pytest.mark.parametrize("name", ["deepspeed", "autoep", "hf-grouped", "hf-eager"])
 def test_peers_of_one_seed_compute_the_same(name: str) -> None:
     x_BSD = torch.randn(1, 24, 32, generator=torch.Generator().manual_seed(0))
     expected = build_peer("custom", CONFIG, 32)(x_BSD)
