@@ -59,10 +59,16 @@ class Runs:
         ]
 
     def train(self, world_size: int, cases: dict[str, list[str]]) -> dict[str, Curve]:
+        """Run the command lines; the curve of each name."""
+        self.run(world_size, cases)
+        return {name: self.curve(name) for name in cases}
+
+    def run(self, world_size: int, cases: dict[str, list[str]]) -> None:
+        """Run the command lines, one after the other in one start."""
         listed = self.folder / f"cases_{world_size}.json"
         listed.write_text(json.dumps(list(cases.values())))
-        run_ranks(world_size, [str(REPO / "tests" / "distributed" / "train_cases.py"), str(listed)])
-        return {name: self.curve(name) for name in cases}
+        worker = str(REPO / "tests" / "distributed" / "train_cases.py")
+        run_ranks(world_size, [worker, str(listed)], timeout=120 + 15 * len(cases))
 
     def curve(self, name: str) -> Curve:
         records = map(json.loads, (self.folder / name / "metrics.jsonl").read_text().splitlines())

@@ -93,16 +93,20 @@ def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32) -> nn.Mo
 
 def fill(model: nn.Module, reader: Reader, dtype: torch.dtype) -> nn.Module:
     """Give a model without values (on the meta device) those of a checkpoint."""
-    model.to_empty(device="cpu")
-    state: dict[str, Any] = {**dict(model.named_parameters()), **persistent_buffers(model)}
-    wrong = sorted(state.keys() ^ reader.index.tensors.keys())
-    if wrong:
-        raise DamagedCheckpointError(reader.folder, f"does not fit the model that it names: {', '.join(wrong[:5])}")
-    with torch.no_grad():
-        for name, target in state.items():
-            target.copy_(reader.weight(name))
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
+    parameters: dict[str, Tensor] = dict(model.named_parameters())
+    buffers = persistent_buffers(model)
+    mine = {name: tuple(tensor.shape) for name, tensor in (parameters | buffers).items()}
+    theirs = {name: tensor.shape for name, tensor in reader.index.tensors.items()}
+    if wrong := sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name)):
+        what = f"does not fit the model that it names: {', '.join(wrong[:5])}"
+        raise DamagedCheckpointError(reader.folder, what)
+    filled = {
+        id(meta): nn.Parameter(reader.weight(name).to(dtype), meta.requires_grad) for name, meta in parameters.items()
+    }
+    # Under every name that a parameter has, so that tied weights stay one.
+    state: dict[str, Any] = {name: filled[id(meta)] for name, meta in model.named_parameters(remove_duplicate=False)}
+    state |= {name: reader.weight(name).to(buffer.dtype) for name, buffer in buffers.items()}
+    model.load_state_dict(state, assign=True)
     return model.eval()
 
 

@@ -10,6 +10,8 @@ Shape suffixes: B batch, S sequence.
 from __future__ import annotations
 
 import abc
+import logging
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +27,8 @@ from moe_scale.data.tokenizer import TextTokenizer
 from moe_scale.errors import ConfigError, Problem
 
 __all__ = ["Batch", "PreparedText", "StreamedText", "TrainLoader", "eval_batches", "open_text", "train_loader"]
+
+log = logging.getLogger(__name__)
 
 _PREFETCHED_BATCHES = 8
 
@@ -200,13 +204,28 @@ class _StreamedLoader(TrainLoader):
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        return {"samples": self.samples, "position": position_to_json(self.position), **self._identity()}
+        ranks = {"rank": self.rank, "world_size": self.world_size}
+        return {"samples": self.samples, "position": position_to_json(self.position), **ranks, **self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue at a saved position, or with another number of ranks, which share the source otherwise, at the
+        begin of the source's next pass, in an order of its own.
+        """
         _require_same(state, self._identity())
         self.close()
         self.samples = int(state["samples"])
         self.position = Position(**state["position"])
+        if state["world_size"] != self.world_size:
+            self.position = Position(epoch=self.position.epoch + 1)
+            if self.rank == 0:
+                log.warning(
+                    "the position in %s is that of %d ranks: these %d begin a new pass over it, in another order",
+                    self.text.config.source,
+                    state["world_size"],
+                    self.world_size,
+                )
+        elif state["rank"] != self.rank:
+            raise ConfigError(Problem("resume", f"the position in the data is that of rank {state['rank']}"))
 
     def close(self) -> None:
         self._batches = None  # the last reference: torch ends the worker
@@ -217,8 +236,6 @@ class _StreamedLoader(TrainLoader):
             "seed": self.seed,
             "seq_len": self.text.config.seq_len,
             "fingerprint": self.text.fingerprint,
-            "rank": self.rank,
-            "world_size": self.world_size,
         }
 
     def _start(self) -> Iterator[tuple[Batch, Position] | _Failure]:
@@ -265,6 +282,9 @@ class _WorkerSide(torch.utils.data.IterableDataset):
     def __iter__(self) -> Iterator[tuple[Batch, Position] | _Failure]:
         if self.num_workers:
             use_threads(self.num_workers)
+            # A launcher that is stopped signals every process; this one is needed until the rank has saved.
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+                signal.signal(number, signal.SIG_IGN)
         try:
             yield from self.packer.batches(self.position)
         except ConfigError as error:

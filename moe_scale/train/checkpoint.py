@@ -152,7 +152,7 @@ class Saver:
         """Rank 0 alone: write the index, give the folder its name, and remove what need not be kept."""
         partial = folders.partial_of(folder)
         for part in parts:
-            for name in (*part.sizes, part.rank_file):
+            for name in (*part.sizes, part.rank_file):  # a saving rank always has its own state
                 if not (partial / name).is_file():
                     raise DamagedCheckpointError(partial / name, "not there: do all hosts share this folder?")
         tensors, sizes, ranks = join(parts, partial)

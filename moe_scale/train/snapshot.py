@@ -65,9 +65,21 @@ def numbers(engine: Any, optimizer: str) -> dict[str, Any]:
 def misfits(engine: Any, index: Index) -> list[Problem]:
     """How a checkpoint's tensors differ from the model's."""
     model = engine.module
-    mine = {place.tensor: place.shape for place in placements(model).values()}
+    places = placements(model)
+    mine = {place.tensor: place.shape for place in places.values()}
     mine |= {name: tuple(buffer.shape) for name, buffer in persistent_buffers(model).items()}
     theirs = {name: tensor.shape for name, tensor in index.tensors.items()}
+    trained = {places[name].tensor for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if lacking := [
+        name for name in sorted(trained & theirs.keys()) if not set(MOMENTS) <= index.tensors[name].states.keys()
+    ]:
+        return [
+            Problem(
+                "resume",
+                f"the checkpoint has no optimizer moments of {lacking[0]}",
+                "it holds weights alone: load_model opens it",
+            )
+        ]
     names = [name for name in sorted(mine.keys() | theirs.keys()) if mine.get(name) != theirs.get(name)]
     return [
         Problem(

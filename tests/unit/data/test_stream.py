@@ -166,11 +166,22 @@ def test_order_depends_on_seed_and_rank() -> None:
     assert not same(take(loader(text), 3), take(loader(text, rank=1, world_size=2), 3))
 
 
+def test_another_number_of_ranks_begins_a_new_pass_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    text = streamed(local_source(100))
+    first = loader(text)
+    seen = take(first, 3)
+    resumed = loader(text, world_size=2)
+    resumed.load_state_dict(first.state_dict())
+    assert "that of 1 ranks: these 2 begin a new pass" in caplog.text
+    assert not same(take(resumed, 3), seen)
+    assert resumed.samples == first.samples + 3 * 2 * 2, "samples are counted on"
+
+
 def test_state_of_another_rank_or_order_is_refused() -> None:
     text = streamed(local_source(100))
     state = loader(text).state_dict()
-    with pytest.raises(ConfigError, match="world_size was 1 and is 2"):
-        loader(text, world_size=2).load_state_dict(state)
+    with pytest.raises(ConfigError, match="that of rank 0"):
+        loader(text, rank=1, world_size=2).load_state_dict(state | {"world_size": 2})
     with pytest.raises(ConfigError, match="fingerprint was"):
         loader(streamed(local_source(100), shuffle_buffer=41)).load_state_dict(state)
 

@@ -1,0 +1,147 @@
+"""Runs that are saved and continued: to the bit on the same ranks, to rounding under any other layout."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.curves import STEPS, Curve, Runs, assert_same
+
+HALF = STEPS // 2
+LAYOUTS = [(4, 4), (4, 1), (2, 2), (2, 1), (1, 1)]
+
+
+def resumable(runs: Runs, name: str, world_size: int, **how: object) -> list[str]:
+    """The command line of a run whose learning rate does not depend on how many steps it is to make."""
+    extra = (*how.pop("extra", ()), "--optim.schedule", "constant")  # type: ignore[misc]
+    return runs.argv(name, world_size, extra=extra, **how)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("checkpoints"))
+
+
+def same_ranks_cases() -> dict[str, dict[str, object]]:
+    """Every ZeRO stage, precision and optimizer, and what else has a state of its own."""
+    cases: dict[str, dict[str, object]] = {}
+    for stage in (0, 1, 2, 3):
+        cases[f"zero{stage}-fp32"] = {"stage": stage}
+        cases[f"zero{stage}-8bit"] = {"stage": stage, "extra": ("--optim.name", "adamw8bit")}
+    for stage in (0, 1, 3):
+        cases[f"zero{stage}-bf16"] = {"stage": stage, "ds": ("bf16.enabled=true",)}
+    spread = ("--moe.ep_size", "2")
+    cases["ep2-8bit"] = {"stage": 3, "extra": (*spread, "--optim.name", "adamw8bit")}
+    cases["ep2-bf16"] = {"stage": 3, "extra": spread, "ds": ("bf16.enabled=true",)}
+    cases["noisy"] = {"stage": 3, "extra": (*spread, "--moe.router", "noisy", "--moe.expert_dropout", "0.1")}
+    cases["sigmoid"] = {"stage": 3, "extra": (*spread, "--moe.router", "sigmoid", "--moe.bias_update_rate", "0.09")}
+    cases["deepspeed"] = {"stage": 3, "extra": (*spread, "--moe.backend", "deepspeed")}
+    cases["autoep"] = {"stage": 2, "extra": (*spread, "--moe.backend", "autoep")}
+    cases["offload"] = {"stage": 3, "ds": ("zero_optimization.offload_optimizer.device=cpu",)}
+    cases["foreground"] = {"stage": 3, "extra": (*spread, "--checkpoint.background", "false")}
+    return cases
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(runs: Runs) -> None:
+    cases = same_ranks_cases()
+    argvs = {name: [*resumable(runs, name, 2, **dict(how)), "--max_steps", "6"] for name, how in cases.items()}
+    runs.run(2, {name: [*argv, "--checkpoint.every", "3"] for name, argv in argvs.items()})
+    whole = {name: runs.curve(name) for name in cases}
+    for name in cases:
+        shutil.rmtree(runs.folder / name / "checkpoints" / "step_00000006")
+    runs.run(2, {name: [*argv, "--resume", "must"] for name, argv in argvs.items()})
+    for name in cases:
+        assert (runs.folder / name / "checkpoints" / "step_00000006").is_dir(), name
+        assert len(whole[name]) == 6
+        assert runs.curve(name) == whole[name], name
+
+
+def other_layouts() -> dict[tuple[int, str], dict[str, object]]:
+    """(world size, name) and settings of every layout, ZeRO stage and backend that go together."""
+    cases: dict[tuple[int, str], dict[str, object]] = {}
+    for world_size, ep_size in LAYOUTS:
+        for backend in ("custom", "deepspeed", "autoep"):
+            for stage in (1, 2, 3):
+                if ep_size > 1 and stage < 3 and backend != "autoep":
+                    continue  # the settings refuse it
+                name = f"{world_size}-ranks-ep{ep_size}-{backend}-zero{stage}"
+                spread = ("--moe.ep_size", str(ep_size), "--moe.backend", backend)
+                cases[world_size, name] = {"stage": stage, "extra": spread}
+    return cases
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_one_checkpoint_opens_anywhere(runs: Runs) -> None:
+    """Saved at 4 ranks, ep_size 2, ZeRO-3; the next ten steps anywhere else are those of the uninterrupted run."""
+    spread = ("--moe.ep_size", "2", "--checkpoint.every", str(HALF))
+    runs.run(4, {"whole": resumable(runs, "whole", 4, stage=3, extra=spread)})
+    expected = runs.curve("whole")
+    assert len(expected) == STEPS
+    cases = other_layouts()
+    for _, name in cases:
+        start_from(runs.folder / "whole", HALF, runs.folder / name)
+    for world_size in (4, 2, 1):
+        argvs = {
+            name: [*resumable(runs, name, world_size, **dict(how)), "--resume", "must"]
+            for (ranks, name), how in cases.items()
+            if ranks == world_size
+        }
+        runs.run(world_size, argvs)
+    curves = {name: runs.curve(name)[HALF:] for _, name in cases}
+    assert len(curves) == 37
+    assert_same(curves, expected[HALF:])
+
+
+def largest_difference(mine: Curve, other: Curve) -> float:
+    """Of the losses of the second half."""
+    return max(abs(a[0] - b[0]) for a, b in zip(mine[HALF:], other[HALF:], strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_8bit_moments_and_another_precision_open_anywhere(runs: Runs) -> None:
+    """Blocks of 256 moments are cut elsewhere under another layout, and so are rounded once more. That, and a change
+    between the optimizers or precisions, moves the losses by no more than training with the coarser one throughout.
+    """
+    spread, eight, bf16 = (
+        ("--moe.ep_size", "2", "--checkpoint.every", str(HALF)),
+        ("--optim.name", "adamw8bit"),
+        ("bf16.enabled=true",),
+    )
+    whole = {
+        "exact": resumable(runs, "exact", 4, stage=3, extra=spread),
+        "8bit": resumable(runs, "8bit", 4, stage=3, extra=(*spread, *eight)),
+        "bf16": resumable(runs, "bf16", 4, stage=3, extra=spread, ds=bf16),
+    }
+    runs.run(4, whole)
+    cases: dict[str, tuple[str, str, dict[str, object]]] = {
+        "8bit-zero1": ("8bit", "8bit", {"stage": 1, "extra": eight}),
+        "8bit-zero3-ep2": ("8bit", "8bit", {"stage": 3, "extra": (*eight, "--moe.ep_size", "2")}),
+        "8bit-into-exact": ("8bit", "8bit", {"stage": 2}),
+        "exact-into-8bit": ("exact", "8bit", {"stage": 3, "extra": eight}),
+        "exact-into-bf16": ("exact", "bf16", {"stage": 3, "ds": bf16}),
+        "bf16-into-exact": ("bf16", "bf16", {"stage": 1}),
+    }
+    argvs = {}
+    for name, (source, _, how) in cases.items():
+        start_from(runs.folder / source, HALF, runs.folder / name)
+        argvs[name] = [*resumable(runs, name, 2, **how), "--resume", "must"]
+    runs.run(2, argvs)
+    for name, (source, coarser, _) in cases.items():
+        off = largest_difference(runs.curve(name), runs.curve(source))
+        allowed = largest_difference(runs.curve(coarser), runs.curve("exact"))
+        print(f"{name}: {off:.2e}, {coarser} throughout: {allowed:.2e}")
+        assert 0 < off <= allowed, name
+
+
+def start_from(run: Path, step: int, into: Path) -> None:
+    """A run's folder as it was when it had made so many steps."""
+    name = f"step_{step:08d}"
+    shutil.copytree(run / "checkpoints" / name, into / "checkpoints" / name, copy_function=os.link)
+    shutil.copy(run / "metrics.jsonl", into)
