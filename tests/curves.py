@@ -77,7 +77,7 @@ class Runs:
 
 def write_text(folder: Path) -> None:
     """``text.jsonl``, 300 documents made of 50 words, and ``tokenizer`` with a token for each printable character."""
-    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer").mkdir(exist_ok=True)
     characters = [chr(code) for code in range(33, 127)] + ["\u0120", "\u010a"]  # a blank and a line end, byte-level
     vocab = {character: index for index, character in enumerate(characters)}
     (folder / "tokenizer" / "vocab.json").write_text(json.dumps(vocab))
