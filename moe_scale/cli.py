@@ -6,7 +6,6 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from moe_scale.errors import exit_on_config_error
 from moe_scale.telemetry.quiet import quiet
 
 TAKE_A_RECIPE = ("compare", "bench-checkpoint")
@@ -17,6 +16,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the tool that the command line names."""
     quiet()
     from moe_scale.tools import bench, bench_checkpoint, compare, reshard
+    from moe_scale.train.recipe import exit_codes
 
     modules: dict[str, Any] = {
         "bench": bench,
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         tool = tools.add_parser(name, help=summary, description=summary, allow_abbrev=False)
         module.add_arguments(tool)
     arguments, rest = parser.parse_known_args(argv)
-    with exit_on_config_error():
+    with exit_codes():
         if arguments.tool in TAKE_A_RECIPE:
             modules[arguments.tool].run(arguments, rest)
         elif rest:

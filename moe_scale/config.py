@@ -87,6 +87,11 @@ class MoEConfig(Strict):
         "custom",
         "who computes the layer: custom (this project), deepspeed (deepspeed.moe) or autoep (DeepSpeed's AutoEP)",
     )
+    conventions: Literal["moe_scale", "deepspeed"] = setting(
+        "moe_scale",
+        "whose rules hold where the two differ; deepspeed: capacity, drops, rescaling after drops and the balancing "
+        "loss are those of deepspeed.moe, in the backends custom and deepspeed",
+    )
     num_experts: PositiveInt = setting(64, "experts per layer (E)")
     top_k: PositiveInt = setting(2, "experts that each token is sent to (K)")
     intermediate_size: PositiveInt = setting(512, "hidden width of one expert (F)")
@@ -173,6 +178,8 @@ class MoEConfig(Strict):
             found.append(
                 Problem(f"{where}.renormalize", f"false with {where}.router = {self.router}", "it has no effect there")
             )
+        if self.conventions == "deepspeed":
+            found += self._deepspeed_problems(where)
         if self.router == "expert_choice" and self.dispatch != "capacity":
             found.append(
                 Problem(
@@ -182,6 +189,29 @@ class MoEConfig(Strict):
                 )
             )
         return found
+
+    def _deepspeed_problems(self, where: str) -> list[Problem]:
+        """Settings that ``deepspeed.moe`` has no choice of."""
+        its_own = {
+            "router": "softmax",
+            "aux_loss_scope": "micro_batch",
+            **({"renormalize": True} if self.top_k > 1 else {}),
+            **({"drop_policy": self.deepspeed_drop_policy} if self.dispatch == "capacity" else {}),
+        }
+        return [
+            Problem(
+                f"{where}.{name}",
+                f"{show(getattr(self, name))} with {where}.conventions = deepspeed and top_k = {self.top_k}",
+                f"deepspeed.moe has {where}.{name} {show(value)} alone; or use {where}.conventions moe_scale",
+            )
+            for name, value in its_own.items()
+            if getattr(self, name) != value
+        ]
+
+    @property
+    def deepspeed_drop_policy(self) -> Literal["position", "probability"]:
+        """How ``deepspeed.moe`` chooses whom it drops."""
+        return "position" if self.top_k <= 2 else "probability"
 
 
 @dataclass(frozen=True)
@@ -442,6 +472,11 @@ class LMConfig(RunConfig):
                 "loss is then too good, and text generated token by token is routed differently"
             )
         return found
+
+
+def show(value: object) -> str:
+    """A setting's value as it is written on the command line."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def divisors(n: int) -> list[int]:

@@ -126,15 +126,15 @@ def balanced_bias(bias_E: Tensor, load_E: Tensor, rate: float) -> Tensor:
     return bias_E + rate * torch.sign(load_E.mean(dim=-1, keepdim=True) - load_E).to(bias_E.dtype)
 
 
-def hash_top_k(token_ids_T: Tensor, num_experts: int, top_k: int) -> Routing:
+def hash_top_k(token_ids_T: Tensor, num_experts: int, top_k: int, dtype: torch.dtype = torch.float32) -> Routing:
     """A fixed hash of the token's id picks its experts (arXiv 2106.04426): nothing is learned, nothing can collapse.
 
-    K neighbours of a multiplicative hash, so that they differ; each has weight 1/K.
+    K neighbours of a multiplicative hash, so that they differ; each has weight 1/K, in ``dtype``.
     """
     first_T = (token_ids_T * 2654435761 % 2**32) * num_experts // 2**32  # Knuth's multiplier
     ids_TK = (first_T.unsqueeze(1) + torch.arange(top_k, device=token_ids_T.device)) % num_experts
-    weights_TK = torch.full(ids_TK.shape, 1.0 / top_k, device=ids_TK.device)
-    probs_TE = torch.zeros(len(ids_TK), num_experts, device=ids_TK.device).scatter_(1, ids_TK, weights_TK)
+    weights_TK = torch.full(ids_TK.shape, 1.0 / top_k, dtype=dtype, device=ids_TK.device)
+    probs_TE = torch.zeros(len(ids_TK), num_experts, dtype=dtype, device=ids_TK.device).scatter_(1, ids_TK, weights_TK)
     return Routing(torch.zeros_like(probs_TE), probs_TE, ids_TK, weights_TK)
 
 

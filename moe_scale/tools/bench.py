@@ -12,9 +12,9 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -33,6 +33,7 @@ from moe_scale.tools.verdict import Finding, judge, median_ratio
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DEFAULT_PEERS = ["dense", "custom", "deepspeed", "hf-grouped"]
 Row = dict[str, Any]
+Key = TypeVar("Key")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -90,16 +91,10 @@ def bench(arguments: argparse.Namespace, device: torch.device) -> tuple[list[Row
     x_BSD = input_seed.normal_(torch.empty(1, tokens, d_model, device=device), 1.0).to(dtype).requires_grad_()
     grad_BSD = grad_seed.normal_(torch.empty(1, tokens, d_model, device=device), 1.0).to(dtype)
 
-    samples: dict[str, dict[tuple[int, str], list[float]]] = {"forward": {}, "backward": {}, "both": {}}
-    for round_number in range(arguments.warmup + arguments.rounds):
-        for key, layer in layers.items():
-            forward, backward = _time_once(layer, x_BSD, grad_BSD)
-            if round_number >= arguments.warmup:
-                for direction, seconds in (("forward", forward), ("backward", backward), ("both", forward + backward)):
-                    samples[direction].setdefault(key, []).append(seconds)
+    samples = sample_layers(layers, x_BSD, grad_BSD, rounds=arguments.rounds, warmup=arguments.warmup)
     peaks, weight_grads = {}, {}
     for key, layer in layers.items():
-        peaks[key] = peak_extra_bytes(functools.partial(_step, layer, x_BSD, grad_BSD), device)
+        peaks[key] = peak_extra_bytes(functools.partial(step_once, layer, x_BSD, grad_BSD), device)
         weight_grads[key] = sum(p.grad.nbytes for p in layer.parameters() if p.grad is not None)
         layer.zero_grad(set_to_none=True)
 
@@ -163,6 +158,20 @@ def _circumstances(config: MoEConfig, arguments: argparse.Namespace) -> Row:
 def _is_emulated(dtype: str) -> bool:
     """Whether this CPU lacks instructions for products of the type: then torch's own are no floor for anything."""
     return dtype == "fp16" or (dtype == "bf16" and not devices.has_fast_bf16_cpu())
+
+
+def sample_layers(
+    layers: Mapping[Key, nn.Module], x_BSD: Tensor, grad_BSD: Tensor, *, rounds: int, warmup: int
+) -> dict[str, dict[Key, list[float]]]:
+    """Seconds of each layer in each round, "forward", "backward" and "both", timed in turn round after round."""
+    samples: dict[str, dict[Key, list[float]]] = {"forward": {}, "backward": {}, "both": {}}
+    for round_number in range(warmup + rounds):
+        for key, layer in layers.items():
+            forward, backward = _time_once(layer, x_BSD, grad_BSD)
+            if round_number >= warmup:
+                for direction, seconds in (("forward", forward), ("backward", backward), ("both", forward + backward)):
+                    samples[direction].setdefault(key, []).append(seconds)
+    return samples
 
 
 def time_parts(
@@ -229,7 +238,8 @@ def _time_once(layer: nn.Module, x_BSD: Tensor, grad_BSD: Tensor) -> tuple[float
     return middle - start, _now() - middle
 
 
-def _step(layer: nn.Module, x_BSD: Tensor, grad_BSD: Tensor) -> None:
+def step_once(layer: nn.Module, x_BSD: Tensor, grad_BSD: Tensor) -> None:
+    """One forward and one backward pass from cleared gradients."""
     layer.zero_grad(set_to_none=True)
     x_BSD.grad = None
     layer(x_BSD).backward(grad_BSD)

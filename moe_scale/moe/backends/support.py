@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moe_scale.config import MoEConfig
+from moe_scale.config import MoEConfig, show
 from moe_scale.errors import Problem
 
 CUSTOM_ONLY = {
@@ -26,7 +26,8 @@ def unsupported(config: MoEConfig, *, zero_stage: int, on_cpu: bool = True) -> l
             Problem(
                 "moe.intermediate_size",
                 f"{config.intermediate_size}",
-                "the grouped matrix product of a GPU wants rows of 16 bytes: choose a multiple of 8",
+                "the grouped matrix product of a GPU wants rows of 16 bytes: choose a multiple of 8, or moe.backend "
+                "deepspeed",
             )
         )
     if backend != "custom":
@@ -36,8 +37,8 @@ def unsupported(config: MoEConfig, *, zero_stage: int, on_cpu: bool = True) -> l
                 found.append(
                     Problem(
                         f"moe.{name}",
-                        f"{_show(given)} with {where} = {backend}, which has {_show(value)} alone",
-                        f"use moe.{name} {_show(value)}, or moe.backend custom",
+                        f"{show(given)} with {where} = {backend}, which has {show(value)} alone",
+                        f"use moe.{name} {show(value)}, or moe.backend custom",
                     )
                 )
     if config.ep_size > 1 and zero_stage < 3 and backend != "autoep":
@@ -49,6 +50,14 @@ def unsupported(config: MoEConfig, *, zero_stage: int, on_cpu: bool = True) -> l
             )
         )
     if backend == "autoep":
+        if config.conventions != "moe_scale":
+            found.append(
+                Problem(
+                    "moe.conventions",
+                    f"{config.conventions} with {where} = autoep, which has rules of its own",
+                    "use moe.conventions moe_scale, or moe.backend custom or deepspeed",
+                )
+            )
         if config.activation != "swiglu":
             found.append(
                 Problem(
@@ -71,7 +80,8 @@ def unsupported(config: MoEConfig, *, zero_stage: int, on_cpu: bool = True) -> l
                     "moe.ep_size", f"{config.ep_size} at ZeRO stage 0 with {where} = autoep", "use ZeRO stage 1, 2 or 3"
                 )
             )
-    if backend == "deepspeed":
+    # Asked for its own conventions, MoEConfig.problems says the same, for every backend.
+    if backend == "deepspeed" and config.conventions != "deepspeed":
         if not config.renormalize and config.top_k > 1:
             found.append(
                 Problem(
@@ -80,8 +90,7 @@ def unsupported(config: MoEConfig, *, zero_stage: int, on_cpu: bool = True) -> l
                     "use moe.renormalize true, or moe.backend custom or autoep",
                 )
             )
-        # deepspeed.moe drops by position for top-1 and top-2 and by probability beyond.
-        its_policy = "position" if config.top_k <= 2 else "probability"
+        its_policy = config.deepspeed_drop_policy
         if config.dispatch == "capacity" and config.drop_policy != its_policy:
             found.append(
                 Problem(
@@ -92,7 +101,3 @@ def unsupported(config: MoEConfig, *, zero_stage: int, on_cpu: bool = True) -> l
                 )
             )
     return found
-
-
-def _show(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -115,7 +115,7 @@ def test_layer_is_no_slower_than_its_peers_and_holds_less() -> None:
     assert found["peak memory over deepspeed's, both without weight gradients"] < 0.9
 
 
-@pytest.mark.parametrize("name", ["deepspeed", "autoep"])
+@pytest.mark.parametrize("name", ["deepspeed", "autoep", "hf-grouped", "hf-eager"])
 def test_peers_of_one_seed_compute_the_same(name: str) -> None:
     x_BSD = torch.randn(1, 24, 32, generator=torch.Generator().manual_seed(0))
     expected = build_peer("custom", CONFIG, 32)(x_BSD)
