@@ -1,0 +1,460 @@
+"""Grouped matrix products in Triton that gather their rows, and do what stands around the products, themselves.
+
+Shapes: T tokens, K experts per token, L experts, N rows sorted by expert, D model width, F expert hidden width; I = 2F
+for a gated activation (the first F rows of an expert are the gate), else F.
+
+How many rows an expert has is known on the device alone, so every launch covers the most tiles there can be, and
+:func:`schedule_tiles` tells each program its expert and first row; those left over end at once. The host waits for
+nothing. Products add up in fp32, nothing is added up by atomics: the same input gives the same bits.
+
+Needs Triton; runs on a CPU, slowly, under ``TRITON_INTERPRET=1``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+
+class TileSchedule(NamedTuple):
+    """Which tiles of rows there are: a tile is of one expert, and of ``block_m`` rows or what is left of it."""
+
+    starts: Tensor
+    """int32 [L + 1], the first row of each expert, and the end of the last."""
+    expert_of_tile: Tensor
+    """int32, -1 for a tile that does not exist."""
+    row_of_tile: Tensor
+    """int32, the first row of the tile."""
+    block_m: int
+
+    @property
+    def arguments(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.starts, self.expert_of_tile, self.row_of_tile
+
+
+# --- what the compiler may choose from
+
+
+def _configs(*choices: tuple[dict[str, int], int, int]) -> list[triton.Config]:
+    """(block sizes, warps, stages) to try on the first call of a shape; the interpreter takes one of small blocks."""
+    if INTERPRETED:
+        return [triton.Config(dict.fromkeys(choices[0][0], 16), num_warps=1, num_stages=1)]
+    return [triton.Config(blocks, num_warps=warps, num_stages=stages) for blocks, warps, stages in choices]
+
+
+def _row_configs() -> list[triton.Config]:
+    """For products with a tile of rows. 128 x 256 of fp32 is half of a Hopper SM's registers over two warp groups."""
+    return _configs(
+        ({"BLOCK_N": 256, "BLOCK_K": 64}, 8, 3),
+        ({"BLOCK_N": 256, "BLOCK_K": 64}, 8, 4),
+        ({"BLOCK_N": 128, "BLOCK_K": 64}, 8, 4),
+        ({"BLOCK_N": 128, "BLOCK_K": 64}, 4, 4),
+    )
+
+
+def _block_m(num_rows: int, num_experts: int) -> int:
+    """Rows of a tile, from the mean load of an expert, as the real ones are not known to the host."""
+    if INTERPRETED:
+        return 16
+    return 128 if num_rows > 64 * num_experts else 64
+
+
+# --- kernels
+
+
+@triton.jit
+def _schedule_kernel(
+    counts_ptr, starts_ptr, expert_of_tile_ptr, row_of_tile_ptr, num_experts, num_tiles,
+    BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_TILES: tl.constexpr,
+):  # fmt: skip
+    """One program an expert, and a last one for the tiles that do not exist."""
+    mine = tl.program_id(0)
+    experts = tl.arange(0, BLOCK_L)
+    counts = tl.load(counts_ptr + experts, mask=experts < num_experts, other=0).to(tl.int32)
+    tiles = (counts + BLOCK_M - 1) // BLOCK_M
+    first_row = tl.sum(tl.where(experts < mine, counts, 0))
+    first_tile = tl.sum(tl.where(experts < mine, tiles, 0))
+    tl.store(starts_ptr + mine, first_row)
+    is_last = mine == num_experts
+    end_tile = tl.where(is_last, num_tiles, first_tile + tl.sum(tl.where(experts == mine, tiles, 0)))
+    label = tl.where(is_last, -1, mine)
+    for some_tile in range(first_tile, end_tile, BLOCK_TILES):
+        tile = some_tile + tl.arange(0, BLOCK_TILES)
+        tl.store(expert_of_tile_ptr + tile, label, mask=tile < end_tile)
+        tl.store(row_of_tile_ptr + tile, first_row + (tile - first_tile) * BLOCK_M, mask=tile < end_tile)
+
+
+@triton.jit
+def _product(
+    a_ptrs, w_ptrs, a_step, w_step,
+    DEPTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Sum over DEPTH of a [BLOCK_M, BLOCK_K] times w [BLOCK_K, BLOCK_N], whose pointers move by a step a turn."""
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    k = tl.arange(0, BLOCK_K)
+    for done in range(0, DEPTH, BLOCK_K):
+        if DEPTH % BLOCK_K == 0:
+            a = tl.load(a_ptrs)
+            w = tl.load(w_ptrs)
+        else:
+            a = tl.load(a_ptrs, mask=(k < DEPTH - done)[None, :], other=0.0)
+            w = tl.load(w_ptrs, mask=(k < DEPTH - done)[:, None], other=0.0)
+        total = tl.dot(a, w, total, input_precision="ieee")
+        a_ptrs += a_step
+        w_ptrs += w_step
+    return total
+
+
+@triton.jit
+def _gelu_and_slope(x):
+    cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+    return x * cdf, cdf + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
+
+
+@triton.autotune(configs=_row_configs(), key=["D", "F", "BLOCK_M", "ACTIVATION"])
+@triton.jit
+def _up_kernel(
+    x_ptr, token_ptr, w_ptr, hidden_ptr, active_ptr, starts_ptr, expert_of_tile_ptr, row_of_tile_ptr,
+    D: tl.constexpr, F: tl.constexpr, ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """hidden[n] = w[expert of n] x[token of n], and its activation.
+
+    With a gate, the columns of a tile are a gate and an up in turn, so that one product gives both, and a thread of
+    the matrix unit, which holds neighbours, the two that belong together.
+    """
+    GATED: tl.constexpr = ACTIVATION == "swiglu"
+    I: tl.constexpr = 2 * F if GATED else F  # noqa: E741
+    COLUMN_TILES: tl.constexpr = (I + BLOCK_N - 1) // BLOCK_N
+    tile = tl.program_id(0) // COLUMN_TILES
+    expert = tl.load(expert_of_tile_ptr + tile)
+    if expert < 0:
+        return
+    end = tl.load(starts_ptr + expert + 1)
+    row = tl.load(row_of_tile_ptr + tile) + tl.arange(0, BLOCK_M)
+    # Rows past the end repeat the last one, and are not stored: so the loads need no mask.
+    token = tl.load(token_ptr + tl.minimum(row, end - 1)).to(tl.int64)
+    first_column = (tl.program_id(0) % COLUMN_TILES) * BLOCK_N
+    column = first_column + tl.arange(0, BLOCK_N)
+    w_row = (column % 2) * F + column // 2 if GATED else column
+    if I % BLOCK_N:
+        w_row = tl.where(column < I, w_row, 0)
+    k = tl.arange(0, BLOCK_K)
+    a_ptrs = x_ptr + token[:, None] * D + k[None, :]
+    w_ptrs = w_ptr + expert.to(tl.int64) * (I * D) + w_row[None, :] * D + k[:, None]
+    total = _product(a_ptrs, w_ptrs, BLOCK_K, BLOCK_K, D, BLOCK_M, BLOCK_N, BLOCK_K)
+
+    # The backward pass computes the activation from what is stored, so this one does as well.
+    rounded = total.to(hidden_ptr.dtype.element_ty)
+    hidden_row = hidden_ptr + row.to(tl.int64)[:, None] * I
+    if GATED:
+        gate, up = tl.split(tl.reshape(rounded, (BLOCK_M, BLOCK_N // 2, 2)))
+        column = first_column // 2 + tl.arange(0, BLOCK_N // 2)
+        inside = (row < end)[:, None] & (column < F)[None, :]
+        tl.store(hidden_row + column[None, :], gate, mask=inside)
+        tl.store(hidden_row + F + column[None, :], up, mask=inside)
+        wide = gate.to(tl.float32)
+        active = wide * tl.sigmoid(wide) * up.to(tl.float32)
+    else:
+        inside = (row < end)[:, None] & (column < F)[None, :]
+        tl.store(hidden_row + column[None, :], rounded, mask=inside)
+        wide = rounded.to(tl.float32)
+        if ACTIVATION == "gelu":
+            active, _ = _gelu_and_slope(wide)
+        else:
+            active = tl.maximum(wide, 0.0)
+    to = active_ptr + row.to(tl.int64)[:, None] * F + column[None, :]
+    tl.store(to, active.to(active_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.autotune(configs=_row_configs(), key=["DEPTH", "WIDTH", "STRIDE_N", "BLOCK_M", "WEIGHTED"])
+@triton.jit
+def _rows_kernel(
+    a_ptr, w_ptr, weight_ptr, y_ptr, starts_ptr, expert_of_tile_ptr, row_of_tile_ptr,
+    DEPTH: tl.constexpr, WIDTH: tl.constexpr, STRIDE_N: tl.constexpr, STRIDE_K: tl.constexpr, WEIGHTED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """y[n] = w[expert of n] a[n], by the weight of n where WEIGHTED; w is strided, WIDTH outputs by DEPTH inputs."""
+    COLUMN_TILES: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
+    tile = tl.program_id(0) // COLUMN_TILES
+    expert = tl.load(expert_of_tile_ptr + tile)
+    if expert < 0:
+        return
+    end = tl.load(starts_ptr + expert + 1)
+    row = tl.load(row_of_tile_ptr + tile) + tl.arange(0, BLOCK_M)
+    column = (tl.program_id(0) % COLUMN_TILES) * BLOCK_N + tl.arange(0, BLOCK_N)
+    w_column = column if WIDTH % BLOCK_N == 0 else tl.where(column < WIDTH, column, 0)
+    k = tl.arange(0, BLOCK_K)
+    a_ptrs = a_ptr + tl.minimum(row, end - 1).to(tl.int64)[:, None] * DEPTH + k[None, :]
+    w_ptrs = w_ptr + expert.to(tl.int64) * (DEPTH * WIDTH) + w_column[None, :] * STRIDE_N + k[:, None] * STRIDE_K
+    total = _product(a_ptrs, w_ptrs, BLOCK_K, BLOCK_K * STRIDE_K, DEPTH, BLOCK_M, BLOCK_N, BLOCK_K)
+    if WEIGHTED:
+        total *= tl.load(weight_ptr + row, mask=row < end, other=0.0).to(tl.float32)[:, None]
+    inside = (row < end)[:, None] & (column < WIDTH)[None, :]
+    to = y_ptr + row.to(tl.int64)[:, None] * WIDTH + column[None, :]
+    tl.store(to, total.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.autotune(
+    configs=_configs(
+        ({"BLOCK_K": 64}, 8, 3),
+        ({"BLOCK_K": 64}, 8, 4),
+        ({"BLOCK_K": 64}, 4, 4),
+    ),
+    key=["D", "F", "BLOCK_M", "ACTIVATION"],
+)
+@triton.jit
+def _down_backward_kernel(
+    grad_ptr, token_ptr, w_ptr, weight_ptr, hidden_ptr,
+    grad_hidden_ptr, weighted_ptr, grad_weight_ptr, starts_ptr, expert_of_tile_ptr, row_of_tile_ptr,
+    D: tl.constexpr, F: tl.constexpr, ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """From a token's gradient g back to what stood before the activation, for y[n] = weight[n] w a[n].
+
+    With b[n] = transposed w times g[token of n]: the gradient of a is weight b, and that of the weight <y, g> / weight
+    = <a, b>, so that y need not be kept (arXiv 2512.14080). Each tile of columns adds its share of <a, b> to a row of
+    its own in ``grad_weight``.
+    """
+    GATED: tl.constexpr = ACTIVATION == "swiglu"
+    I: tl.constexpr = 2 * F if GATED else F  # noqa: E741
+    COLUMN_TILES: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
+    tile = tl.program_id(0) // COLUMN_TILES
+    expert = tl.load(expert_of_tile_ptr + tile)
+    if expert < 0:
+        return
+    end = tl.load(starts_ptr + expert + 1)
+    row = tl.load(row_of_tile_ptr + tile) + tl.arange(0, BLOCK_M)
+    token = tl.load(token_ptr + tl.minimum(row, end - 1)).to(tl.int64)
+    column_tile = tl.program_id(0) % COLUMN_TILES
+    column = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    w_column = column if F % BLOCK_N == 0 else tl.where(column < F, column, 0)
+    k = tl.arange(0, BLOCK_K)
+    a_ptrs = grad_ptr + token[:, None] * D + k[None, :]
+    w_ptrs = w_ptr + expert.to(tl.int64) * (D * F) + w_column[None, :] + k[:, None] * F
+    b = _product(a_ptrs, w_ptrs, BLOCK_K, BLOCK_K * F, D, BLOCK_M, BLOCK_N, BLOCK_K)
+
+    inside = (row < end)[:, None] & (column < F)[None, :]
+    weight = tl.load(weight_ptr + row, mask=row < end, other=0.0).to(tl.float32)[:, None]
+    long_row = row.to(tl.int64)
+    at = long_row[:, None] * I + column[None, :]
+    hidden = tl.load(hidden_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    kind = grad_hidden_ptr.dtype.element_ty
+    grad_active = weight * b
+    if GATED:
+        up = tl.load(hidden_ptr + at + F, mask=inside, other=0.0).to(tl.float32)
+        sigmoid = tl.sigmoid(hidden)
+        silu = hidden * sigmoid
+        active = silu * up
+        tl.store(grad_hidden_ptr + at + F, (grad_active * silu).to(kind), mask=inside)
+        grad_hidden = grad_active * up * (sigmoid + silu * (1.0 - sigmoid))
+    elif ACTIVATION == "gelu":
+        active, slope = _gelu_and_slope(hidden)
+        grad_hidden = grad_active * slope
+    else:
+        active = tl.maximum(hidden, 0.0)
+        grad_hidden = tl.where(hidden > 0.0, grad_active, 0.0)
+    tl.store(grad_hidden_ptr + at, grad_hidden.to(kind), mask=inside)
+    active = active.to(kind).to(tl.float32)  # as the forward pass has rounded it
+    tl.store(weighted_ptr + long_row[:, None] * F + column[None, :], (weight * active).to(kind), mask=inside)
+    # Outside of the rows and columns that there are, active is 0.
+    tl.store(grad_weight_ptr + long_row * COLUMN_TILES + column_tile, tl.sum(active * b, axis=1), mask=row < end)
+
+
+@triton.autotune(
+    configs=_configs(
+        ({"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64}, 8, 3),
+        ({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}, 8, 4),
+        ({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}, 4, 4),
+        ({"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 32}, 8, 4),
+    ),
+    key=["HEIGHT", "WIDTH", "GATHER_A", "GATHER_B"],
+)
+@triton.jit
+def _weight_grad_kernel(
+    a_ptr, b_ptr, token_ptr, grad_ptr, starts_ptr,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, GATHER_A: tl.constexpr, GATHER_B: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """grad[expert] = sum over its rows n of a[n] (outer) b[n], where a or b may be gathered by the token of n."""
+    ROW_TILES: tl.constexpr = (HEIGHT + BLOCK_M - 1) // BLOCK_M
+    COLUMN_TILES: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
+    tile = tl.program_id(0) % (ROW_TILES * COLUMN_TILES)
+    expert = tl.program_id(0) // (ROW_TILES * COLUMN_TILES)
+    start = tl.load(starts_ptr + expert)
+    end = tl.load(starts_ptr + expert + 1)
+    m = tile // COLUMN_TILES * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tile % COLUMN_TILES * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for first in range(start, end, BLOCK_K):
+        row = first + k
+        row_inside = row < end
+        a_row = row.to(tl.int64)
+        b_row = a_row
+        if GATHER_A:
+            a_row = tl.load(token_ptr + row, mask=row_inside, other=0).to(tl.int64)
+        if GATHER_B:
+            b_row = tl.load(token_ptr + row, mask=row_inside, other=0).to(tl.int64)
+        a_inside = row_inside[:, None]
+        if HEIGHT % BLOCK_M:
+            a_inside = a_inside & (m < HEIGHT)[None, :]
+        b_inside = row_inside[:, None]
+        if WIDTH % BLOCK_N:
+            b_inside = b_inside & (n < WIDTH)[None, :]
+        a = tl.load(a_ptr + a_row[:, None] * HEIGHT + m[None, :], mask=a_inside, other=0.0)
+        b = tl.load(b_ptr + b_row[:, None] * WIDTH + n[None, :], mask=b_inside, other=0.0)
+        total = tl.dot(tl.trans(a), b, total, input_precision="ieee")
+    to = grad_ptr + expert.to(tl.int64) * (HEIGHT * WIDTH) + m[:, None] * WIDTH + n[None, :]
+    tl.store(to, total.to(grad_ptr.dtype.element_ty), mask=(m < HEIGHT)[:, None] & (n < WIDTH)[None, :])
+
+
+@triton.jit
+def _sum_places_kernel(
+    rows_ptr, place_ptr, y_ptr, num_tokens, num_rows,
+    D: tl.constexpr, TOP_K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    total = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)
+    for choice in range(TOP_K):
+        place = tl.load(place_ptr + token.to(tl.int64) * TOP_K + choice, mask=token < num_tokens, other=num_rows)
+        inside = (place < num_rows)[:, None] & (d < D)[None, :]
+        from_ = rows_ptr + place.to(tl.int64)[:, None] * D + d[None, :]
+        total += tl.load(from_, mask=inside, other=0.0).to(tl.float32)
+    to = y_ptr + token.to(tl.int64)[:, None] * D + d[None, :]
+    tl.store(to, total.to(y_ptr.dtype.element_ty), mask=(token < num_tokens)[:, None] & (d < D)[None, :])
+
+
+# --- launches
+
+
+def schedule_tiles(counts_L: Tensor, num_rows: int) -> TileSchedule:
+    """The tiles of rows sorted by expert.
+
+    Args:
+        counts_L: int64 rows of each expert.
+        num_rows: at least their sum; what is beyond it belongs to no expert, and is neither read nor written.
+    """
+    num_experts = len(counts_L)
+    block_m = _block_m(num_rows, num_experts)
+    most_tiles = (num_rows + num_experts * (block_m - 1)) // block_m
+    tiles = TileSchedule(
+        starts=counts_L.new_empty(num_experts + 1, dtype=torch.int32),
+        expert_of_tile=counts_L.new_empty(most_tiles, dtype=torch.int32),
+        row_of_tile=counts_L.new_empty(most_tiles, dtype=torch.int32),
+        block_m=block_m,
+    )
+    _schedule_kernel[(num_experts + 1,)](
+        counts_L, tiles.starts, tiles.expert_of_tile, tiles.row_of_tile, num_experts, most_tiles,
+        BLOCK_M=block_m, BLOCK_L=triton.next_power_of_2(num_experts), BLOCK_TILES=128,
+    )  # fmt: skip
+    return tiles
+
+
+def up_project(
+    x_TD: Tensor, token_N: Tensor, gate_up_LID: Tensor, tiles: TileSchedule, activation: str
+) -> tuple[Tensor, Tensor]:
+    """The experts' first map of the tokens that the rows name. Returns hidden_NI, and its activation active_NF."""
+    inner, d_model = gate_up_LID.shape[1:]
+    hidden_width = inner // 2 if activation == "swiglu" else inner
+    hidden_NI = x_TD.new_empty(len(token_N), inner)
+    active_NF = x_TD.new_empty(len(token_N), hidden_width)
+    _up_kernel[_over(tiles, inner)](
+        x_TD, token_N, gate_up_LID, hidden_NI, active_NF, *tiles.arguments,
+        D=d_model, F=hidden_width, ACTIVATION=activation, BLOCK_M=tiles.block_m,
+    )  # fmt: skip
+    return hidden_NI, active_NF
+
+
+def down_project(active_NF: Tensor, down_LDF: Tensor, weight_N: Tensor, tiles: TileSchedule) -> Tensor:
+    """The experts' second map, times the rows' weights: y_ND."""
+    d_model, hidden_width = down_LDF.shape[1:]
+    y_ND = active_NF.new_empty(len(active_NF), d_model)
+    _rows_kernel[_over(tiles, d_model)](
+        active_NF, down_LDF, weight_N, y_ND, *tiles.arguments,
+        DEPTH=hidden_width, WIDTH=d_model, STRIDE_N=hidden_width, STRIDE_K=1, WEIGHTED=True, BLOCK_M=tiles.block_m,
+    )  # fmt: skip
+    return y_ND
+
+
+def down_project_backward(
+    grad_TD: Tensor, token_N: Tensor, down_LDF: Tensor, weight_N: Tensor, hidden_NI: Tensor, tiles: TileSchedule,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The way back through the sum, the second map and the activation.
+
+    Args:
+        grad_TD: gradient of the tokens' sums.
+
+    Returns:
+        the gradient of hidden_NI; the activation times the weight, [N, F], of which the second map's gradient is made;
+        the fp32 gradient of weight_N.
+    """
+    d_model, hidden_width = down_LDF.shape[1:]
+    grad_hidden_NI = torch.empty_like(hidden_NI)
+    weighted_NF = hidden_NI.new_empty(len(hidden_NI), hidden_width)
+    block_n = 16 if INTERPRETED else 128  # not tuned, as the number of shares depends on it
+    column_tiles = triton.cdiv(hidden_width, block_n)
+    share_NC = hidden_NI.new_zeros(len(hidden_NI), column_tiles, dtype=torch.float32)
+    _down_backward_kernel[(len(tiles.expert_of_tile) * column_tiles,)](
+        grad_TD, token_N, down_LDF, weight_N, hidden_NI, grad_hidden_NI, weighted_NF, share_NC, *tiles.arguments,
+        D=d_model, F=hidden_width, ACTIVATION=activation, BLOCK_M=tiles.block_m, BLOCK_N=block_n,
+    )  # fmt: skip
+    return grad_hidden_NI, weighted_NF, share_NC.sum(dim=1)
+
+
+def up_project_backward(grad_hidden_NI: Tensor, gate_up_LID: Tensor, tiles: TileSchedule) -> Tensor:
+    """The gradient of each row's input, [N, D]."""
+    inner, d_model = gate_up_LID.shape[1:]
+    grad_ND = grad_hidden_NI.new_empty(len(grad_hidden_NI), d_model)
+    _rows_kernel[_over(tiles, d_model)](
+        grad_hidden_NI, gate_up_LID, grad_hidden_NI, grad_ND, *tiles.arguments,
+        DEPTH=inner, WIDTH=d_model, STRIDE_N=1, STRIDE_K=d_model, WEIGHTED=False, BLOCK_M=tiles.block_m,
+    )  # fmt: skip
+    return grad_ND
+
+
+def weight_grad(
+    a: Tensor, b: Tensor, token_N: Tensor, tiles: TileSchedule, *, gather_a: bool = False, gather_b: bool = False
+) -> Tensor:
+    """Each expert's sum of outer products of its rows of ``a`` [N or T, O] and ``b`` [N or T, I]. Returns [L, O, I].
+
+    Args:
+        gather_a, gather_b: whether its rows are tokens', to be taken in the order of ``token_N``.
+    """
+    num_experts, height, width = len(tiles.starts) - 1, a.shape[1], b.shape[1]
+    grad = a.new_empty(num_experts, height, width)
+
+    def grid(meta: dict[str, Any]) -> tuple[int]:
+        return (num_experts * triton.cdiv(height, meta["BLOCK_M"]) * triton.cdiv(width, meta["BLOCK_N"]),)
+
+    _weight_grad_kernel[grid](
+        a, b, token_N, grad, tiles.starts, HEIGHT=height, WIDTH=width, GATHER_A=gather_a, GATHER_B=gather_b
+    )
+    return grad
+
+
+def sum_places(rows_ND: Tensor, place_TK: Tensor) -> Tensor:
+    """Each token's sum of the rows at its places, in one order and in fp32; the place N holds nothing. y_TD."""
+    (num_tokens, top_k), (num_rows, d_model) = place_TK.shape, rows_ND.shape
+    y_TD = rows_ND.new_empty(num_tokens, d_model)
+    block_d = min(triton.next_power_of_2(d_model), 1024)
+    block_t = max(1, 4096 // block_d) if not INTERPRETED else 16
+    _sum_places_kernel[(triton.cdiv(num_tokens, block_t), triton.cdiv(d_model, block_d))](
+        rows_ND, place_TK, y_TD, num_tokens, num_rows,
+        D=d_model, TOP_K=top_k, BLOCK_T=block_t, BLOCK_D=block_d, num_warps=4,
+    )  # fmt: skip
+    return y_TD
+
+
+def _over(tiles: TileSchedule, width: int) -> Any:
+    """A grid of all tiles of rows by the tiles of ``width`` columns. Those of one tile of rows are neighbours, and so
+    run at about the same time: they find its rows, and its expert's matrix, in the L2 cache."""
+    return lambda meta: (len(tiles.expert_of_tile) * triton.cdiv(width, meta["BLOCK_N"]),)
