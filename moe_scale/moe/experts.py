@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from moe_scale.config import MoEConfig
 from moe_scale.initialization import Init
+from moe_scale.moe.dispatch import DispatchPlan, combine_rows, gather_rows
+from moe_scale.moe.kernels.fused_experts import fused_experts
 from moe_scale.moe.kernels.grouped_linear import grouped_linear
 from moe_scale.parallel.groups import ParallelGroups
 from moe_scale.parallel.zero import mark_expert_parameters
@@ -45,6 +47,7 @@ class Experts(nn.Module):
     def __init__(self, config: MoEConfig, d_model: int, groups: ParallelGroups, init: Init, depth_scale: float = 1.0):
         super().__init__()
         self.activation, self.dropout = config.activation, config.expert_dropout
+        self.fused = config.kernels == "triton"
         hidden, local = config.intermediate_size, groups.local_experts(config.num_experts)
         inner = 2 * hidden if config.activation == "swiglu" else hidden
         self.gate_up = nn.Parameter(torch.empty(len(local), inner, d_model))
@@ -57,13 +60,28 @@ class Experts(nn.Module):
             (init / expert / "down").normal_(self.down.data[place], std_out)
         mark_expert_parameters(self.parameters(), groups)
 
-    def forward(self, x_RD: Tensor, counts_L: Tensor) -> Tensor:
-        """Outputs of rows sorted by local expert. Returns y_RD."""
+    def forward(self, x_RD: Tensor, counts_L: Tensor, plan: DispatchPlan | None = None) -> Tensor:
+        """Outputs of rows sorted by local expert. Returns y_RD.
+
+        Fused experts may be given a plan as well: then x is x_TD, and what is returned y_TD, each token's sum.
+        """
+        if self.fused:
+            return fused_experts(x_RD, counts_L, plan, self.gate_up, self.down, self.activation)
         hidden_RI = _with_bias(grouped_linear(x_RD, self.gate_up, counts_L), self.gate_up_bias, counts_L)
         hidden_RF = activate(hidden_RI, self.activation)
         if self.dropout:
             hidden_RF = F.dropout(hidden_RF, self.dropout, self.training)
         return _with_bias(grouped_linear(hidden_RF, self.down, counts_L), self.down_bias, counts_L)
+
+
+def run_local_experts(x_TD: Tensor, plan: DispatchPlan, experts: Experts) -> Tensor:
+    """Steps 4 and 5 where this rank holds all experts, with the gather before them: y_TD.
+
+    Always a call of the module: ZeRO-3 gathers the parameters of modules that are called.
+    """
+    if experts.fused:
+        return experts(x_TD, plan.counts_E, plan)
+    return combine_rows(experts(gather_rows(x_TD, plan), plan.counts_E), plan, len(x_TD))
 
 
 def _with_bias(y_RO: Tensor, bias_LO: Tensor | None, counts_L: Tensor) -> Tensor:

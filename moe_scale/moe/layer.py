@@ -14,7 +14,7 @@ from moe_scale.config import MoEConfig
 from moe_scale.initialization import Init
 from moe_scale.moe import exchange, losses
 from moe_scale.moe.dispatch import DispatchPlan, capacity, combine_rows, gather_rows, plan_dispatch, plan_expert_choice
-from moe_scale.moe.experts import Experts, SharedExpert
+from moe_scale.moe.experts import Experts, SharedExpert, run_local_experts
 from moe_scale.moe.router import (
     ExpertChoice,
     Router,
@@ -125,15 +125,15 @@ class MoELayer(SparseLayer):
         valid_T = None if valid_BS is None else valid_BS.reshape(-1)
         routing = self.route(x_TD, valid_T, token_ids_BS)
         plan = self.plan(routing, len(x_TD), valid_T)
-        rows_ND = gather_rows(x_TD, plan)
         if self.groups.ep_size == 1:
-            rows_ND = self.experts(rows_ND, plan.counts_E)
+            y_TD = run_local_experts(x_TD, plan, self.experts)
             dense_BSD = self.run_dense(x_BSD)
         else:
+            rows_ND = gather_rows(x_TD, plan)
             trip = exchange.plan_exchange(plan.counts_E, self.groups)
             rows_RD, dense_BSD = exchange.to_experts(rows_ND, trip, self.groups, lambda: self.run_dense(x_BSD))
             rows_ND = exchange.from_experts(self.experts(rows_RD, trip.counts_L), trip, self.groups)
-        y_TD = combine_rows(rows_ND, plan, len(x_TD))
+            y_TD = combine_rows(rows_ND, plan, len(x_TD))
         return y_TD.view_as(x_BSD), make_stats(self.config, routing, plan.dropped, len(x_BSD), valid_T), dense_BSD
 
     def route(self, x_TD: Tensor, valid_T: Tensor | None, token_ids_BS: Tensor | None) -> Routing | ExpertChoice:

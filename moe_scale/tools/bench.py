@@ -22,7 +22,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from moe_scale.config import MoEConfig
+from moe_scale.errors import raise_if
 from moe_scale.initialization import Init
+from moe_scale.moe.backends.support import unsupported
 from moe_scale.moe.dispatch import combine_rows, gather_rows
 from moe_scale.moe.layer import MoELayer, make_stats
 from moe_scale.parallel import device as devices
@@ -59,6 +61,8 @@ def run(arguments: argparse.Namespace) -> list[Row]:
         devices.keep_freed_memory()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    if "triton" in arguments.peers:
+        raise_if(unsupported(MoEConfig(kernels="triton"), zero_stage=0, on_cpu=device.type == "cpu"))
     rows: list[Row] = []
     for num_experts in arguments.num_experts:
         config = MoEConfig(

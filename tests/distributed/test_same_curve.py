@@ -48,3 +48,20 @@ def test_four_ranks(backend: str, runs: Runs, one_rank: Curve) -> None:
         flags = ("--moe.backend", backend, "--moe.ep_size", str(ep_size))
         cases[name] = runs.argv(name, 4, stage=3, extra=flags)
     assert_same(runs.train(4, cases), one_rank)
+
+
+@pytest.mark.slow
+def test_triton_kernels_in_their_interpreter(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter is slow, so a few steps; under ZeRO-3 parameters come and go around the kernels' Function."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    few = ("--max_steps", "2", "--optim.warmup_steps", "1")
+    expected = runs.train(1, {"torch": runs.argv("torch", 1, stage=0, extra=few)})["torch"]
+    cases = {
+        name: runs.argv(name, 2, stage=3, extra=(*few, "--moe.kernels", "triton", *flags))
+        for name, flags in {
+            "ep1-checkpointed": ("--model.activation_checkpointing", "true"),
+            "ep2": ("--moe.ep_size", "2"),
+        }.items()
+    }
+    assert_same(runs.train(2, cases), expected)

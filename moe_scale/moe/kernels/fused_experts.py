@@ -9,8 +9,6 @@ gathered rows nor the experts' outputs.
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from typing import Any
 
 import torch
@@ -19,15 +17,6 @@ from torch import Tensor
 from moe_scale.moe.dispatch import DispatchPlan
 
 TYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
-def missing(*, on_cpu: bool) -> str:
-    """What this machine lacks for the kernels, for a user to read; empty where they run."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
-    if on_cpu and os.environ.get("TRITON_INTERPRET") != "1":
-        return "this run is on a CPU"
-    return ""
 
 
 def fused_experts(

@@ -49,13 +49,23 @@ def _configs(*choices: tuple[dict[str, int], int, int]) -> list[triton.Config]:
 
 
 def _row_configs() -> list[triton.Config]:
-    """For products with a tile of rows. 128 x 256 of fp32 is half of a Hopper SM's registers over two warp groups."""
+    """For products of a tile of rows. The last two leave room for a second program on a Hopper SM, whose product can
+    run while the first one stores its result."""
     return _configs(
         ({"BLOCK_N": 256, "BLOCK_K": 64}, 8, 3),
         ({"BLOCK_N": 256, "BLOCK_K": 64}, 8, 4),
-        ({"BLOCK_N": 128, "BLOCK_K": 64}, 8, 4),
-        ({"BLOCK_N": 128, "BLOCK_K": 64}, 4, 4),
+        ({"BLOCK_N": 128, "BLOCK_K": 64}, 8, 3),
+        ({"BLOCK_N": 128, "BLOCK_K": 64}, 4, 3),
+        ({"BLOCK_N": 64, "BLOCK_K": 16}, 8, 2),
     )
+
+
+def _of_this_type(configs: list[triton.Config], arguments: dict[str, Any], **_: Any) -> list[triton.Config]:
+    """fp32, which takes no matrix unit, has the configuration of blocks 16 deep, the others have all but that."""
+    if INTERPRETED:
+        return configs
+    wide = next(value for value in arguments.values() if isinstance(value, Tensor)).dtype == torch.float32
+    return [config for config in configs if (config.kwargs["BLOCK_K"] == 16) == wide]
 
 
 def _block_m(num_rows: int, num_experts: int) -> int:
@@ -117,7 +127,11 @@ def _gelu_and_slope(x):
     return x * cdf, cdf + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
 
 
-@triton.autotune(configs=_row_configs(), key=["D", "F", "BLOCK_M", "ACTIVATION"])
+@triton.autotune(
+    configs=_row_configs(),
+    key=["D", "F", "BLOCK_M", "ACTIVATION"],
+    prune_configs_by={"early_config_prune": _of_this_type},
+)
 @triton.jit
 def _up_kernel(
     x_ptr, token_ptr, w_ptr, hidden_ptr, active_ptr, starts_ptr, expert_of_tile_ptr, row_of_tile_ptr,
@@ -173,7 +187,11 @@ def _up_kernel(
     tl.store(to, active.to(active_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.autotune(configs=_row_configs(), key=["DEPTH", "WIDTH", "STRIDE_N", "BLOCK_M", "WEIGHTED"])
+@triton.autotune(
+    configs=_row_configs(),
+    key=["DEPTH", "WIDTH", "STRIDE_N", "BLOCK_M", "WEIGHTED"],
+    prune_configs_by={"early_config_prune": _of_this_type},
+)
 @triton.jit
 def _rows_kernel(
     a_ptr, w_ptr, weight_ptr, y_ptr, starts_ptr, expert_of_tile_ptr, row_of_tile_ptr,
@@ -201,12 +219,45 @@ def _rows_kernel(
     tl.store(to, total.to(y_ptr.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _activation_backward(
+    b, weight, hidden_ptr, grad_hidden_ptr, weighted_ptr, row, end, column, F: tl.constexpr, ACTIVATION: tl.constexpr
+):
+    """Write the gradient before the activation and the weighted activation; returns each row's <activation, b>."""
+    GATED: tl.constexpr = ACTIVATION == "swiglu"
+    I: tl.constexpr = 2 * F if GATED else F  # noqa: E741
+    kind = grad_hidden_ptr.dtype.element_ty
+    inside = (row < end)[:, None] & (column < F)[None, :]
+    at = row.to(tl.int64)[:, None] * I + column[None, :]
+    hidden = tl.load(hidden_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    grad_active = weight[:, None] * b
+    if GATED:
+        up = tl.load(hidden_ptr + at + F, mask=inside, other=0.0).to(tl.float32)
+        sigmoid = tl.sigmoid(hidden)
+        silu = hidden * sigmoid
+        active = silu * up
+        tl.store(grad_hidden_ptr + at + F, (grad_active * silu).to(kind), mask=inside)
+        grad_hidden = grad_active * up * (sigmoid + silu * (1.0 - sigmoid))
+    elif ACTIVATION == "gelu":
+        active, slope = _gelu_and_slope(hidden)
+        grad_hidden = grad_active * slope
+    else:
+        active = tl.maximum(hidden, 0.0)
+        grad_hidden = tl.where(hidden > 0.0, grad_active, 0.0)
+    tl.store(grad_hidden_ptr + at, grad_hidden.to(kind), mask=inside)
+    active = active.to(kind).to(tl.float32)  # as the forward pass has rounded it
+    to = weighted_ptr + row.to(tl.int64)[:, None] * F + column[None, :]
+    tl.store(to, (weight[:, None] * active).to(kind), mask=inside)
+    return tl.sum(active * b, axis=1)  # outside of the columns that there are, active is 0
+
+
 @triton.autotune(
     configs=_configs(
         ({"BLOCK_K": 64}, 8, 3),
         ({"BLOCK_K": 64}, 8, 4),
-        ({"BLOCK_K": 64}, 4, 4),
+        ({"BLOCK_K": 16}, 8, 2),
     ),
+    prune_configs_by={"early_config_prune": _of_this_type},
     key=["D", "F", "BLOCK_M", "ACTIVATION"],
 )
 @triton.jit
@@ -240,40 +291,29 @@ def _down_backward_kernel(
     w_ptrs = w_ptr + expert.to(tl.int64) * (D * F) + w_column[None, :] + k[:, None] * F
     b = _product(a_ptrs, w_ptrs, BLOCK_K, BLOCK_K * F, D, BLOCK_M, BLOCK_N, BLOCK_K)
 
-    inside = (row < end)[:, None] & (column < F)[None, :]
-    weight = tl.load(weight_ptr + row, mask=row < end, other=0.0).to(tl.float32)[:, None]
-    long_row = row.to(tl.int64)
-    at = long_row[:, None] * I + column[None, :]
-    hidden = tl.load(hidden_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    kind = grad_hidden_ptr.dtype.element_ty
-    grad_active = weight * b
-    if GATED:
-        up = tl.load(hidden_ptr + at + F, mask=inside, other=0.0).to(tl.float32)
-        sigmoid = tl.sigmoid(hidden)
-        silu = hidden * sigmoid
-        active = silu * up
-        tl.store(grad_hidden_ptr + at + F, (grad_active * silu).to(kind), mask=inside)
-        grad_hidden = grad_active * up * (sigmoid + silu * (1.0 - sigmoid))
-    elif ACTIVATION == "gelu":
-        active, slope = _gelu_and_slope(hidden)
-        grad_hidden = grad_active * slope
-    else:
-        active = tl.maximum(hidden, 0.0)
-        grad_hidden = tl.where(hidden > 0.0, grad_active, 0.0)
-    tl.store(grad_hidden_ptr + at, grad_hidden.to(kind), mask=inside)
-    active = active.to(kind).to(tl.float32)  # as the forward pass has rounded it
-    tl.store(weighted_ptr + long_row[:, None] * F + column[None, :], (weight * active).to(kind), mask=inside)
-    # Outside of the rows and columns that there are, active is 0.
-    tl.store(grad_weight_ptr + long_row * COLUMN_TILES + column_tile, tl.sum(active * b, axis=1), mask=row < end)
+    # Half of the columns at a time, or there are not registers enough for what follows.
+    left, right = tl.split(tl.permute(tl.reshape(b, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+    weight = tl.load(weight_ptr + row, mask=row < end, other=0.0).to(tl.float32)
+    column = column_tile * BLOCK_N + tl.arange(0, BLOCK_N // 2)
+    share = _activation_backward(
+        left, weight, hidden_ptr, grad_hidden_ptr, weighted_ptr, row, end, column, F, ACTIVATION
+    )
+    share += _activation_backward(
+        right, weight, hidden_ptr, grad_hidden_ptr, weighted_ptr, row, end, column + BLOCK_N // 2, F, ACTIVATION
+    )
+    tl.store(grad_weight_ptr + row.to(tl.int64) * COLUMN_TILES + column_tile, share, mask=row < end)
 
 
 @triton.autotune(
     configs=_configs(
-        ({"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64}, 8, 3),
+        # One stage more than for rows: the one that loads which rows to gather.
+        ({"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64}, 8, 4),
+        ({"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64}, 8, 5),
         ({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}, 8, 4),
         ({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}, 4, 4),
-        ({"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 32}, 8, 4),
+        ({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 16}, 8, 3),
     ),
+    prune_configs_by={"early_config_prune": _of_this_type},
     key=["HEIGHT", "WIDTH", "GATHER_A", "GATHER_B"],
 )
 @triton.jit
