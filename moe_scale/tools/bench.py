@@ -34,6 +34,7 @@ from moe_scale.tools.peers import PEERS, build_peer, peak_extra_bytes
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DEFAULT_PEERS = ["dense", "custom", "deepspeed", "hf-grouped"]
+COLUMNS = ["E", "layer", "direction", "ms", "TFLOP/s", "x dense", "peak MiB"]
 Row = dict[str, Any]
 
 
@@ -51,11 +52,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=15, help="counted rounds; the median is taken [%(default)s]")
     parser.add_argument("--warmup", type=int, default=3, help="rounds that are not counted [%(default)s]")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice [%(default)s]")
-    parser.add_argument("--output_dir", default="", help="also write bench.json there")
+    parser.add_argument("--output_dir", default="", help="also write bench.json and bench.md there")
+    parser.add_argument(
+        "--profile", action="store_true", help="with output_dir: also the operators of each layer by time"
+    )
 
 
 def run(arguments: argparse.Namespace) -> list[Row]:
-    """Time everything that was asked for, print a table, and write ``bench.json`` where a folder was given."""
+    """Time everything that was asked for, print a table, and write the files where a folder was given."""
     device = devices.current()
     if device.type == "cpu":
         devices.keep_freed_memory()
@@ -74,7 +78,9 @@ def run(arguments: argparse.Namespace) -> list[Row]:
         folder = Path(arguments.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "bench.json").write_text(json.dumps(rows, indent=1) + "\n")
-        print(f"wrote {folder / 'bench.json'}")
+        lines = [COLUMNS, ["---"] * len(COLUMNS), *map(_cells, rows)]
+        (folder / "bench.md").write_text("".join("| " + " | ".join(line) + " |\n" for line in lines))
+        print(f"wrote bench.json and bench.md to {folder}")
     return rows
 
 
@@ -94,6 +100,11 @@ def bench_shape(config: MoEConfig, arguments: argparse.Namespace, device: torch.
                 for direction, seconds in (("forward", forward), ("backward", backward), ("both", forward + backward)):
                     samples.setdefault((name, direction), []).append(seconds)
     medians = {key: statistics.median(values) for key, values in samples.items()}
+    if arguments.profile and arguments.output_dir:
+        for name, layer in layers.items():
+            path = Path(arguments.output_dir) / f"profile_{name}_{config.num_experts}.txt"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(profile(functools.partial(_step, layer, x_BSD, grad_BSD), device))
     peaks = {
         name: peak_extra_bytes(functools.partial(_step, layer, x_BSD, grad_BSD), device)
         for name, layer in layers.items()
@@ -223,17 +234,33 @@ def _list_peers() -> str:
     return "; ".join(f"{name} = {text}" for name, text in PEERS.items())
 
 
+def profile(step: Callable[[], Any], device: torch.device) -> str:
+    """A table of what ``step`` spends its time on: kernels on an accelerator, operators on a CPU; longest first."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as record:
+        step()
+        devices.accelerator().synchronize()
+    key = "self_cpu_time_total" if device.type == "cpu" else f"self_{device.type}_time_total"
+    return record.key_averages().table(sort_by=key, row_limit=60, max_name_column_width=80)
+
+
+def _cells(row: Row) -> list[str]:
+    peak, ratio, rate = row["peak_bytes"], row["ratio_to_dense"], row["tflops"]
+    return [
+        str(row["num_experts"]),
+        row["name"],
+        row["direction"],
+        f"{row['median_ms']:.2f}",
+        f"{rate:.3f}" if rate else "",
+        f"{ratio:.2f}" if ratio else "",
+        f"{peak / 2**20:.0f}" if peak else "",
+    ]
+
+
 def _show(rows: list[Row]) -> None:
-    table = Table("E", "layer", "direction", "ms", "TFLOP/s", "x dense", "peak MiB")
+    table = Table(*COLUMNS)
     for row in rows:
-        peak, ratio, rate = row["peak_bytes"], row["ratio_to_dense"], row["tflops"]
-        table.add_row(
-            str(row["num_experts"]),
-            row["name"],
-            row["direction"],
-            f"{row['median_ms']:.2f}",
-            f"{rate:.3f}" if rate else "",
-            f"{ratio:.2f}" if ratio else "",
-            f"{peak / 2**20:.0f}" if peak else "",
-        )
+        table.add_row(*_cells(row))
     Console().print(table)

@@ -31,7 +31,9 @@ VARIANTS = {
     "deepspeed": ["--moe.backend", "deepspeed"],
     "autoep": ["--moe.backend", "autoep"],
     "dense": ["--moe.enabled", "false"],
+    "triton": ["--moe.backend", "custom", "--moe.kernels", "triton"],
 }
+DEFAULT_VARIANTS = ["custom", "deepspeed", "autoep", "dense"]
 Row = dict[str, Any]
 
 
@@ -39,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The tool's own flags; whatever else is given goes to the recipe."""
     parser.add_argument("recipe", help="file of the recipe, as recipes/lm_16l.py")
     parser.add_argument(
-        "--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="what to train [%(default)s]"
+        "--variants", nargs="+", choices=VARIANTS, default=DEFAULT_VARIANTS, help="what to train [%(default)s]"
     )
     parser.add_argument("--output_dir", default="runs/compare", help="folder of the comparison [%(default)s]")
 

@@ -77,22 +77,28 @@ def test_the_host_never_waits_for_the_layer(router: str, kernels: str) -> None:
 
 
 def run_experts(
-    by: str, dtype: torch.dtype, counts: list[int], d_model: int, hidden: int, activation: str, device: str = "cuda"
+    by: str, dtype: torch.dtype, counts: list[int], d_model: int, hidden: int, activation: str, *, exact: bool = False
 ) -> list[Tensor]:
     """Output and gradients (of tokens, routing weights and parameters) of tokens that each go to two experts.
 
     Args:
         counts: rows of each expert; their sum is even.
+        exact: take the values that ``dtype`` has for the inputs, but compute on them in fp64, on the CPU.
     """
+    device, precise = ("cpu", torch.float64) if exact else ("cuda", dtype)
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype).to(device, precise)
+
     config = MoEConfig(num_experts=len(counts), intermediate_size=hidden, activation=activation, kernels=by)  # type: ignore[arg-type]
-    experts = Experts(config, d_model, ParallelGroups(), Init(0)).to(device, dtype)
+    experts = Experts(config, d_model, ParallelGroups(), Init(0)).to(dtype).to(device, precise)
     generator = torch.Generator().manual_seed(0)
     num_rows = sum(counts)
     token_N = torch.cat([torch.randperm(num_rows // 2, generator=generator) for _ in range(2)])
     place_TK = token_N.argsort(stable=True).view(-1, 2)
     weight_N = torch.rand(num_rows, generator=generator).to(device).requires_grad_()
-    x_TD = torch.randn(num_rows // 2, d_model, generator=generator).to(device, dtype).requires_grad_()
-    grad_TD = torch.randn(num_rows // 2, d_model, generator=generator).to(device, dtype)
+    x_TD = cast(torch.randn(num_rows // 2, d_model, generator=generator)).requires_grad_()
+    grad_TD = cast(torch.randn(num_rows // 2, d_model, generator=generator))
     plan = DispatchPlan(
         token_N.to(device), torch.tensor(counts, device=device), weight_N, place_TK.to(device), torch.tensor(0)
     )
@@ -100,22 +106,41 @@ def run_experts(
     return [y_TD, *torch.autograd.grad(y_TD, [x_TD, weight_N, experts.gate_up, experts.down], grad_TD)]
 
 
-@pytest.mark.parametrize("activation", ["swiglu", "gelu", "relu"])
+TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
+MANY = [300, 0, 7, 129, 128, 0, 64, 400]
+
+
+@pytest.fixture
+def chosen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave every kernel the one of its configurations that the test's ``configuration`` names: nothing is tuned."""
+    kernels = pytest.importorskip("moe_scale.moe.kernels.grouped_gemm_triton")
+    place = request.getfixturevalue("configuration")
+    for name in ("_up_kernel", "_rows_kernel", "_down_backward_kernel", "_weight_grad_kernel"):
+        kernel = getattr(kernels, name)
+        *usual, for_fp32 = kernel.configs
+        monkeypatch.setattr(kernel, "configs", [usual[min(place, len(usual) - 1)], for_fp32])
+        monkeypatch.setattr(kernel, "cache", {})
+
+
+@pytest.mark.usefixtures("chosen")
 @pytest.mark.parametrize(
-    ("counts", "d_model", "hidden"),
+    ("configuration", "dtype", "counts", "d_model", "hidden", "activation"),
     [
-        ([1, 1], 16, 8),
-        ([300, 0, 7, 129, 128, 0, 64, 400], 256, 128),
-        ([0, 2048, 0], 512, 320),  # widths that are no multiples of the blocks
-        ([1023, 17, 984], 136, 72),
-        ([700] * 16, 1024, 512),
+        *((n, torch.bfloat16, [1200] * 16, 1024, 512, "swiglu") for n in range(4)),
+        (0, torch.bfloat16, [1, 1], 16, 8, "swiglu"),
+        (0, torch.bfloat16, [0, 2048, 0], 512, 320, "swiglu"),  # widths that are no multiples of the blocks
+        (2, torch.bfloat16, MANY, 136, 72, "swiglu"),
+        (0, torch.bfloat16, MANY, 256, 128, "gelu"),
+        (1, torch.bfloat16, MANY, 256, 128, "relu"),
+        (0, torch.float16, MANY, 256, 128, "swiglu"),
+        (0, torch.float32, MANY, 256, 128, "swiglu"),
+        (0, torch.float32, MANY, 136, 72, "gelu"),
     ],
 )
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 1e-2), (torch.float16, 2e-3), (torch.float32, 1e-5)])
 def test_triton_kernels_agree_with_fp64(
-    dtype: torch.dtype, tolerance: float, counts: list[int], d_model: int, hidden: int, activation: str
+    configuration: int, dtype: torch.dtype, counts: list[int], d_model: int, hidden: int, activation: str
 ) -> None:
-    expected = run_experts("torch", torch.float64, counts, d_model, hidden, activation, device="cpu")
+    expected = run_experts("torch", dtype, counts, d_model, hidden, activation, exact=True)
     # Memory that holds NaN tells what a kernel leaves out.
     spoiled = torch.full((1 << 26,), float("nan"), device="cuda")
     del spoiled
@@ -123,7 +148,7 @@ def test_triton_kernels_agree_with_fp64(
     again = run_experts("triton", dtype, counts, d_model, hidden, activation)
     for name, ours, same, theirs in zip(("y", "x", "weight", "gate_up", "down"), found, again, expected, strict=True):
         error = (ours.double().cpu() - theirs).norm() / theirs.norm()
-        assert error < tolerance, f"{name}: {error:.2e}"
+        assert error < TOLERANCE[dtype], f"{name}: {error:.2e}"
         assert torch.equal(ours, same), f"{name}: two runs differ"
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
+from importlib.util import find_spec
 
 from moe_scale.config import MoEConfig
 from moe_scale.errors import Problem
@@ -106,7 +106,7 @@ def unsupported(config: MoEConfig, *, zero_stage: int, on_cpu: bool = True) -> l
 def _triton_problems(config: MoEConfig, on_cpu: bool) -> list[Problem]:
     found: list[Problem] = []
     instead = "use moe.kernels torch"
-    if importlib.util.find_spec("triton") is None:
+    if find_spec("triton") is None:
         found.append(Problem("moe.kernels", "triton, which is not installed", f"install it, or {instead}"))
     elif on_cpu and os.environ.get("TRITON_INTERPRET") != "1":  # the tests' way to run them without a GPU
         found.append(Problem("moe.kernels", "triton on a CPU, where its kernels do not run", instead))

@@ -62,9 +62,7 @@ class FusedExperts(torch.autograd.Function):
         tiles = kernels.schedule_tiles(counts_L, len(token_N))
         hidden_NI, active_NF = kernels.up_project(x_TD, token_N, gate_up_LID, tiles, activation)
         y_ND = kernels.down_project(active_NF, down_LDF, weight_N, tiles)
-        ctx.save_for_backward(
-            x_TD, weight_N, gate_up_LID, down_LDF, token_N, place_TK, hidden_NI, *tiles.arguments
-        )
+        ctx.save_for_backward(x_TD, weight_N, gate_up_LID, down_LDF, token_N, place_TK, hidden_NI, *tiles.arguments)
         ctx.activation, ctx.block_m = activation, tiles.block_m
         return y_ND if place_TK is None else kernels.sum_places(y_ND, place_TK)
 
@@ -73,8 +71,9 @@ class FusedExperts(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         from moe_scale.moe.kernels import grouped_gemm_triton as kernels
 
-        x_TD, weight_N, gate_up_LID, down_LDF, token_N, place_TK, hidden_NI, *schedule = ctx.saved_tensors
-        tiles = kernels.TileSchedule(*schedule, block_m=ctx.block_m)
+        x_TD, weight_N, gate_up_LID, down_LDF, token_N, place_TK, hidden_NI, *of_tiles = ctx.saved_tensors
+        starts, expert_of_tile, row_of_tile = of_tiles
+        tiles = kernels.TileSchedule(starts, expert_of_tile, row_of_tile, ctx.block_m)
         want_x, want_weight, want_gate_up, want_down = ctx.needs_input_grad[:4]
         grad_TD = grads[0].contiguous()
         grad_hidden_NI, weighted_NF, grad_weight_N = kernels.down_project_backward(

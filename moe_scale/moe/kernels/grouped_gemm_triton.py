@@ -273,8 +273,6 @@ def _down_backward_kernel(
     = <a, b>, so that y need not be kept (arXiv 2512.14080). Each tile of columns adds its share of <a, b> to a row of
     its own in ``grad_weight``.
     """
-    GATED: tl.constexpr = ACTIVATION == "swiglu"
-    I: tl.constexpr = 2 * F if GATED else F  # noqa: E741
     COLUMN_TILES: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
     tile = tl.program_id(0) // COLUMN_TILES
     expert = tl.load(expert_of_tile_ptr + tile)

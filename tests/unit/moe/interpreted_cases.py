@@ -205,4 +205,6 @@ def test_types_that_the_kernels_do_not_have() -> None:
 def test_the_peer_of_the_bench_computes_what_the_layer_does() -> None:
     config = MoEConfig(num_experts=4, intermediate_size=16)
     x_BSD = randn(1, 24, 32)
-    torch.testing.assert_close(build_peer("triton", config, 32)(x_BSD), build_peer("custom", config, 32)(x_BSD), **CLOSE)
+    torch.testing.assert_close(
+        build_peer("triton", config, 32)(x_BSD), build_peer("custom", config, 32)(x_BSD), **CLOSE
+    )

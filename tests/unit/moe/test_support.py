@@ -140,7 +140,7 @@ def test_autoep_takes_swiglu_experts_alone(activation: Any) -> None:
 def test_what_triton_kernels_refuse_on_a_gpu(
     changes: dict[str, Any], where: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(support.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(support, "find_spec", lambda name: name)
     config = MoEConfig(kernels="triton", **changes)
     found = unsupported(config, zero_stage=3, on_cpu=False)
     assert [problem.where for problem in found] == where
@@ -151,10 +151,10 @@ def test_what_triton_kernels_refuse_on_a_gpu(
 def test_triton_kernels_want_triton_and_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     config = MoEConfig(kernels="triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(support.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(support, "find_spec", lambda name: name)
     (problem,) = unsupported(config, zero_stage=3, on_cpu=True)
     assert (problem.where, "on a CPU" in problem.what) == ("moe.kernels", True)
-    monkeypatch.setattr(support.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(support, "find_spec", lambda name: None)
     (problem,) = unsupported(config, zero_stage=3, on_cpu=False)
     assert "not installed" in problem.what
     assert unsupported(replace(config, kernels="auto"), zero_stage=3, on_cpu=False) == []

@@ -41,8 +41,11 @@ def arguments(*flags: str) -> argparse.Namespace:
 
 def test_every_peer_has_its_rows(tmp_path: Path) -> None:
     peers = [name for name in PEERS if name != "triton"]  # which needs a GPU
-    rows = bench.run(arguments("--peers", *peers, "--output_dir", str(tmp_path)))
+    rows = bench.run(arguments("--peers", *peers, "--output_dir", str(tmp_path), "--profile"))
     assert json.loads((tmp_path / "bench.json").read_text()) == rows
+    assert len((tmp_path / "bench.md").read_text().splitlines()) == 2 + len(rows)
+    for name in peers:
+        assert "aten::" in (tmp_path / f"profile_{name}_4.txt").read_text()
     timed = {(row["name"], row["direction"]) for row in rows}
     assert {(name, direction) for name in peers for direction in ("forward", "backward", "both")} <= timed
     assert {("custom/" + part, "forward") for part in ("route", "plan", "gather", "experts", "combine")} <= timed
