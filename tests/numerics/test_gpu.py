@@ -114,8 +114,8 @@ MANY = [300, 0, 7, 129, 128, 0, 64, 400]
 def chosen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave every kernel the one of its configurations that the test's ``configuration`` names: nothing is tuned."""
     kernels = pytest.importorskip("moe_scale.moe.kernels.grouped_gemm_triton")
-    place = request.getfixturevalue("configuration")
-    for name in ("_up_kernel", "_rows_kernel", "_down_backward_kernel", "_weight_grad_kernel"):
+    place = request.node.callspec.params["configuration"]
+    for name in ("up_kernel", "rows_kernel", "down_backward_kernel", "weight_grad_kernel"):
         kernel = getattr(kernels, name)
         *usual, for_fp32 = kernel.configs
         monkeypatch.setattr(kernel, "configs", [usual[min(place, len(usual) - 1)], for_fp32])

@@ -56,37 +56,37 @@ class FusedExperts(torch.autograd.Function):
         ctx: Any, x_TD: Tensor, weight_N: Tensor, gate_up_LID: Tensor, down_LDF: Tensor,
         token_N: Tensor, counts_L: Tensor, place_TK: Tensor | None, activation: str,
     ) -> Tensor:  # fmt: skip
-        from moe_scale.moe.kernels import grouped_gemm_triton as kernels
+        from moe_scale.moe.kernels import grouped_gemm
 
         x_TD, weight_N = x_TD.contiguous(), weight_N.contiguous()
-        tiles = kernels.schedule_tiles(counts_L, len(token_N))
-        hidden_NI, active_NF = kernels.up_project(x_TD, token_N, gate_up_LID, tiles, activation)
-        y_ND = kernels.down_project(active_NF, down_LDF, weight_N, tiles)
+        tiles = grouped_gemm.schedule_tiles(counts_L, len(token_N))
+        hidden_NI, active_NF = grouped_gemm.up_project(x_TD, token_N, gate_up_LID, tiles, activation)
+        y_ND = grouped_gemm.down_project(active_NF, down_LDF, weight_N, tiles)
         ctx.save_for_backward(x_TD, weight_N, gate_up_LID, down_LDF, token_N, place_TK, hidden_NI, *tiles.arguments)
         ctx.activation, ctx.block_m = activation, tiles.block_m
-        return y_ND if place_TK is None else kernels.sum_places(y_ND, place_TK)
+        return y_ND if place_TK is None else grouped_gemm.sum_places(y_ND, place_TK)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        from moe_scale.moe.kernels import grouped_gemm_triton as kernels
+        from moe_scale.moe.kernels import grouped_gemm
 
         x_TD, weight_N, gate_up_LID, down_LDF, token_N, place_TK, hidden_NI, *of_tiles = ctx.saved_tensors
         starts, expert_of_tile, row_of_tile = of_tiles
-        tiles = kernels.TileSchedule(starts, expert_of_tile, row_of_tile, ctx.block_m)
+        tiles = grouped_gemm.TileSchedule(starts, expert_of_tile, row_of_tile, ctx.block_m)
         want_x, want_weight, want_gate_up, want_down = ctx.needs_input_grad[:4]
         grad_TD = grads[0].contiguous()
-        grad_hidden_NI, weighted_NF, grad_weight_N = kernels.down_project_backward(
+        grad_hidden_NI, weighted_NF, grad_weight_N = grouped_gemm.down_project_backward(
             grad_TD, token_N, down_LDF, weight_N, hidden_NI, tiles, ctx.activation
         )
         grad_down = grad_gate_up = grad_x = None
         if want_down:
-            grad_down = kernels.weight_grad(grad_TD, weighted_NF, token_N, tiles, gather_a=True)
+            grad_down = grouped_gemm.weight_grad(grad_TD, weighted_NF, token_N, tiles, gather_a=True)
         if want_gate_up:
-            grad_gate_up = kernels.weight_grad(grad_hidden_NI, x_TD, token_N, tiles, gather_b=True)
+            grad_gate_up = grouped_gemm.weight_grad(grad_hidden_NI, x_TD, token_N, tiles, gather_b=True)
         if want_x:
-            grad_x = kernels.up_project_backward(grad_hidden_NI, gate_up_LID, tiles)
+            grad_x = grouped_gemm.up_project_backward(grad_hidden_NI, gate_up_LID, tiles)
             if place_TK is not None:
-                grad_x = kernels.sum_places(grad_x, place_TK)
+                grad_x = grouped_gemm.sum_places(grad_x, place_TK)
         grad_weight = grad_weight_N.to(weight_N.dtype) if want_weight else None
         return grad_x, grad_weight, grad_gate_up, grad_down, None, None, None, None

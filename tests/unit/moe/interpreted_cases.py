@@ -17,7 +17,7 @@ from moe_scale.config import MoEConfig
 from moe_scale.initialization import Init
 from moe_scale.moe.dispatch import DispatchPlan, plan_dispatch
 from moe_scale.moe.experts import Experts, run_local_experts
-from moe_scale.moe.kernels import grouped_gemm_triton as kernels
+from moe_scale.moe.kernels import grouped_gemm
 from moe_scale.moe.kernels.fused_experts import fused_experts
 from moe_scale.moe.layer import MoELayer, rows_per_expert
 from moe_scale.parallel.groups import ParallelGroups
@@ -183,7 +183,7 @@ def test_kept_are_the_parameters_and_one_tensor_of_rows() -> None:
 @pytest.mark.parametrize("counts", [[3, 0, 17, 16, 0, 33], [0], [1], [0, 0, 64], [16, 16]])
 @pytest.mark.parametrize("beyond", [0, 5])
 def test_schedule(counts: list[int], beyond: int) -> None:
-    tiles = kernels.schedule_tiles(torch.tensor(counts), sum(counts) + beyond)
+    tiles = grouped_gemm.schedule_tiles(torch.tensor(counts), sum(counts) + beyond)
     starts = [sum(counts[:expert]) for expert in range(len(counts) + 1)]
     expected = [
         (expert, row)

@@ -40,16 +40,16 @@ def test_the_kernels_compute_what_they_should() -> None:
 
 WIDTHS = {"D": 1024, "F": 512}
 KERNELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "schedule": ("_schedule_kernel", {"BLOCK_M": 128, "BLOCK_L": 64, "BLOCK_TILES": 128}),
-    "up": ("_up_kernel", {**WIDTHS, "ACTIVATION": "swiglu", "BLOCK_M": 128}),
-    "up, odd sizes": ("_up_kernel", {"D": 72, "F": 40, "ACTIVATION": "gelu", "BLOCK_M": 64}),
+    "schedule": ("schedule_kernel", {"BLOCK_M": 128, "BLOCK_L": 64, "BLOCK_TILES": 128}),
+    "up": ("up_kernel", {**WIDTHS, "ACTIVATION": "swiglu", "BLOCK_M": 128}),
+    "up, odd sizes": ("up_kernel", {"D": 72, "F": 40, "ACTIVATION": "gelu", "BLOCK_M": 64}),
     "down": (
-        "_rows_kernel",
+        "rows_kernel",
         {"DEPTH": 512, "WIDTH": 1024, "STRIDE_N": 512, "STRIDE_K": 1, "WEIGHTED": True, "BLOCK_M": 128},
     ),
-    "down, backward": ("_down_backward_kernel", {**WIDTHS, "ACTIVATION": "swiglu", "BLOCK_M": 128, "BLOCK_N": 128}),
-    "weights": ("_weight_grad_kernel", {"HEIGHT": 1024, "WIDTH": 512, "GATHER_A": True, "GATHER_B": False}),
-    "sum": ("_sum_places_kernel", {"D": 1024, "TOP_K": 2, "BLOCK_T": 4, "BLOCK_D": 1024}),
+    "down, backward": ("down_backward_kernel", {**WIDTHS, "ACTIVATION": "swiglu", "BLOCK_M": 128, "BLOCK_N": 128}),
+    "weights": ("weight_grad_kernel", {"HEIGHT": 1024, "WIDTH": 512, "GATHER_A": True, "GATHER_B": False}),
+    "sum": ("sum_places_kernel", {"D": 1024, "TOP_K": 2, "BLOCK_T": 4, "BLOCK_D": 1024}),
 }
 POINTERS = {
     "counts_ptr": "*i64", "token_ptr": "*i64", "place_ptr": "*i64", "starts_ptr": "*i32", "expert_of_tile_ptr": "*i32",
@@ -88,7 +88,7 @@ def test_hopper_code_can_be_made(case: str, tmp_path: Path, monkeypatch: pytest.
     source = ASTSource(kernel, signature, constexprs=constexprs, attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     assert compiled.metadata.shared <= SHARED_MEMORY_OF_HOPPER
-    if name not in ("_schedule_kernel", "_sum_places_kernel"):
+    if name not in ("schedule_kernel", "sum_places_kernel"):
         assert "wgmma.mma_async" in compiled.asm["ptx"]
         assert "cp.async" in compiled.asm["ptx"], "loads run ahead of the products"
 
