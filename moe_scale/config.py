@@ -92,6 +92,11 @@ class MoEConfig(Strict):
         "whose rules hold where the two differ; deepspeed: capacity, drops, rescaling after drops and the balancing "
         "loss are those of deepspeed.moe, in the backends custom and deepspeed",
     )
+    kernels: Literal["auto", "torch", "triton"] = setting(
+        "auto",
+        "backend custom: the experts by torch's grouped matrix product, or by Triton kernels that gather and combine "
+        "too, on a GPU; auto is torch",
+    )
     num_experts: PositiveInt = setting(64, "experts per layer (E)")
     top_k: PositiveInt = setting(2, "experts that each token is sent to (K)")
     intermediate_size: PositiveInt = setting(512, "hidden width of one expert (F)")

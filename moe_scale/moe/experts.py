@@ -14,6 +14,7 @@ from moe_scale.config import MoEConfig
 from moe_scale.initialization import Init
 from moe_scale.moe.dispatch import DispatchPlan, combine_rows, gather_rows
 from moe_scale.moe.kernels.cpu_experts import activate, cpu_experts
+from moe_scale.moe.kernels.fused_experts import fused_experts
 from moe_scale.moe.kernels.grouped_linear import grouped_linear
 from moe_scale.parallel.groups import ParallelGroups
 from moe_scale.parallel.zero import mark_expert_parameters
@@ -39,6 +40,7 @@ class Experts(nn.Module):
     def __init__(self, config: MoEConfig, d_model: int, groups: ParallelGroups, init: Init, depth_scale: float = 1.0):
         super().__init__()
         self.activation, self.dropout = config.activation, config.expert_dropout
+        self.fused = config.kernels == "triton"
         hidden, local = config.intermediate_size, groups.local_experts(config.num_experts)
         inner = 2 * hidden if config.activation == "swiglu" else hidden
         self.gate_up = nn.Parameter(torch.empty(len(local), inner, d_model))
@@ -61,6 +63,8 @@ class Experts(nn.Module):
         Returns:
             y_TD, each token's weighted sum, with a plan; without one y_RD, the rows' outputs.
         """
+        if self.fused:
+            return fused_experts(x, counts_L, plan, self.gate_up, self.down, self.activation)
         plain = self.gate_up_bias is None and not (self.dropout and self.training)
         if x.device.type == "cpu" and plain:
             return cpu_experts(x, counts_L, plan, self.gate_up, self.down, self.activation)

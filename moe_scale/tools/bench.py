@@ -22,7 +22,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from moe_scale.config import MoEConfig
+from moe_scale.errors import raise_if
 from moe_scale.initialization import Init
+from moe_scale.moe.backends.support import unsupported
 from moe_scale.moe.layer import MoELayer, make_stats
 from moe_scale.parallel import device as devices
 from moe_scale.parallel.groups import ParallelGroups
@@ -32,6 +34,7 @@ from moe_scale.tools.verdict import Finding, judge, median_ratio
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DEFAULT_PEERS = ["dense", "custom", "deepspeed", "hf-grouped"]
+COLUMNS = ["E", "layer", "direction", "ms", "TFLOP/s", "x dense", "x custom", "peak MiB", "less grads"]
 Row = dict[str, Any]
 Key = TypeVar("Key")
 
@@ -50,11 +53,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=15, help="counted rounds; the median is taken [%(default)s]")
     parser.add_argument("--warmup", type=int, default=3, help="rounds that are not counted [%(default)s]")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice [%(default)s]")
-    parser.add_argument("--output_dir", default="", help="also write bench.json there")
+    parser.add_argument("--output_dir", default="", help="also write bench.json and bench.md there")
+    parser.add_argument(
+        "--profile", action="store_true", help="with output_dir: also the operators of each layer by time"
+    )
 
 
 def run(arguments: argparse.Namespace) -> dict[str, list[Row]]:
-    """Time everything that was asked for, print a table and a verdict, and write both as ``bench.json`` into a folder.
+    """Time everything that was asked for, print a table and a verdict, and write both into a folder.
 
     Returns:
         ``rows``, one a layer or part, shape and direction; and ``verdict``, one a target.
@@ -64,6 +70,8 @@ def run(arguments: argparse.Namespace) -> dict[str, list[Row]]:
         devices.keep_freed_memory()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    if "triton" in arguments.peers:
+        raise_if(unsupported(MoEConfig(kernels="triton"), zero_stage=0, on_cpu=device.type == "cpu"))
     rows, findings = bench(arguments, device)
     _show(rows, findings)
     results = {"rows": rows, "verdict": [{**found._asdict(), "reached": found.reached} for found in findings]}
@@ -71,7 +79,9 @@ def run(arguments: argparse.Namespace) -> dict[str, list[Row]]:
         folder = Path(arguments.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "bench.json").write_text(json.dumps(results, indent=1) + "\n")
-        print(f"wrote {folder / 'bench.json'}")
+        lines = [COLUMNS, ["---"] * len(COLUMNS), *map(_cells, rows)]
+        (folder / "bench.md").write_text("".join("| " + " | ".join(line) + " |\n" for line in lines))
+        print(f"wrote bench.json and bench.md to {folder}")
     return results
 
 
@@ -92,6 +102,11 @@ def bench(arguments: argparse.Namespace, device: torch.device) -> tuple[list[Row
     grad_BSD = grad_seed.normal_(torch.empty(1, tokens, d_model, device=device), 1.0).to(dtype)
 
     samples = sample_layers(layers, x_BSD, grad_BSD, rounds=arguments.rounds, warmup=arguments.warmup)
+    if arguments.profile and arguments.output_dir:
+        for (size, name), layer in layers.items():
+            path = Path(arguments.output_dir) / f"profile_{name}_{size}.txt"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(profile(functools.partial(step_once, layer, x_BSD, grad_BSD), device))
     peaks, weight_grads = {}, {}
     for key, layer in layers.items():
         peaks[key] = peak_extra_bytes(functools.partial(step_once, layer, x_BSD, grad_BSD), device)
@@ -255,24 +270,39 @@ def _list_peers() -> str:
     return "; ".join(f"{name} = {text}" for name, text in PEERS.items())
 
 
+def profile(step: Callable[[], Any], device: torch.device) -> str:
+    """A table of what ``step`` spends its time on: kernels on an accelerator, operators on a CPU; longest first."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as record:
+        step()
+        devices.accelerator().synchronize()
+    key = "self_cpu_time_total" if device.type == "cpu" else f"self_{device.type}_time_total"
+    return record.key_averages().table(sort_by=key, row_limit=60, max_name_column_width=80)
+
+
+def _cells(row: Row) -> list[str]:
+    def cell(name: str, form: str = ".2f", scale: float = 1.0) -> str:
+        return format(row[name] * scale, form) if row.get(name) is not None else ""
+
+    return [
+        cell("num_experts", "d", 1),
+        row["name"],
+        row["direction"],
+        cell("median_ms"),
+        cell("tflops", ".3f"),
+        cell("ratio_to_dense"),
+        cell("ratio_to_custom"),
+        cell("peak_bytes", ".0f", 2**-20),
+        cell("peak_bytes_without_weight_grads", ".0f", 2**-20),
+    ]
+
+
 def _show(rows: list[Row], findings: list[Finding]) -> None:
-    table = Table("E", "layer", "direction", "ms", "TFLOP/s", "x dense", "x custom", "peak MiB", "less grads")
+    table = Table(*COLUMNS)
     for row in rows:
-
-        def cell(name: str, form: str = ".2f", scale: float = 1.0, row: Row = row) -> str:
-            return format(row[name] * scale, form) if row.get(name) is not None else ""
-
-        table.add_row(
-            cell("num_experts", "d", 1),
-            row["name"],
-            row["direction"],
-            cell("median_ms"),
-            cell("tflops", ".3f"),
-            cell("ratio_to_dense"),
-            cell("ratio_to_custom"),
-            cell("peak_bytes", ".0f", 2**-20),
-            cell("peak_bytes_without_weight_grads", ".0f", 2**-20),
-        )
+        table.add_row(*_cells(row))
     console = Console()
     console.print(table)
     for found in findings:

@@ -23,6 +23,7 @@ from moe_scale.parallel.groups import ParallelGroups
 PEERS: dict[str, str] = {
     "dense": "dense SwiGLU of the same active FLOPs: the floor",
     "custom": "this project's layer, dropless",
+    "triton": "the same with its Triton kernels, on a GPU",
     "deepspeed": "deepspeed.moe, dropless",
     "deepspeed-capacity": "deepspeed.moe, capacity factor 1.0",
     "autoep": "DeepSpeed's AutoEP layer",
@@ -52,6 +53,9 @@ def build_peer(name: str, config: MoEConfig, d_model: int, seed: int = 0) -> nn.
         return DenseFeedForward(d_model, dense_hidden(config), Init(seed))
     if name.startswith("hf-"):
         return hugging_face_block(config, d_model, "grouped_mm" if name == "hf-grouped" else "eager", seed)
+    if name == "triton":
+        config = dataclasses.replace(config, kernels="triton")
+        return OutputOnly(build_moe(config, d_model, ParallelGroups(), Init(seed)))
     backend, _, dispatch = name.partition("-")
     if backend not in ("custom", "deepspeed", "autoep"):
         raise ValueError(f"no peer called {name!r}; choose from {', '.join(PEERS)}")

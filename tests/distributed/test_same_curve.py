@@ -88,3 +88,20 @@ def test_backends_by_deepspeeds_conventions_give_one_curve(others: dict[str, Cur
     assert_same({"custom": others["custom-by-deepspeed"]}, others["deepspeed-by-deepspeed"])
     gap = abs(others["custom-by-moe_scale"][-1][0] - others["custom-by-deepspeed"][-1][0])
     assert gap > 1e-3, "or the rules would not matter in this run"
+
+
+@pytest.mark.slow
+def test_triton_kernels_in_their_interpreter(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter is slow, so a few steps; under ZeRO-3 parameters come and go around the kernels' Function."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    few = ("--max_steps", "2", "--optim.warmup_steps", "1")
+    expected = runs.train(1, {"torch": runs.argv("torch", 1, stage=0, extra=few)})["torch"]
+    cases = {
+        name: runs.argv(name, 2, stage=3, extra=(*few, "--moe.kernels", "triton", *flags))
+        for name, flags in {
+            "ep1-checkpointed": ("--model.activation_checkpointing", "true"),
+            "ep2": ("--moe.ep_size", "2"),
+        }.items()
+    }
+    assert_same(runs.train(2, cases), expected)

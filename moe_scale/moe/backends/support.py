@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from importlib.util import find_spec
+
 from moe_scale.config import MoEConfig, show
 from moe_scale.errors import Problem
 
 CUSTOM_ONLY = {
+    "kernels": "auto",
     "router": "softmax",
     "router_temperature": 1.0,
     "router_jitter": 0.0,
@@ -14,6 +18,9 @@ CUSTOM_ONLY = {
 }
 """Settings that only the custom backend follows, with the value that the others have."""
 
+TORCH_ONLY = {"expert_bias": False, "expert_dropout": 0.0}
+"""Settings that the Triton kernels do not follow, with the value that they have."""
+
 
 def unsupported(config: MoEConfig, *, zero_stage: int, on_cpu: bool = True) -> list[Problem]:
     """What ``config.backend`` cannot do of what is asked, each with the backend that can."""
@@ -21,7 +28,9 @@ def unsupported(config: MoEConfig, *, zero_stage: int, on_cpu: bool = True) -> l
     if not config.enabled:
         return found
     backend, where = config.backend, "moe.backend"
-    if not on_cpu and backend != "deepspeed" and config.intermediate_size % 8:
+    if config.kernels == "triton" and backend == "custom":
+        found += _triton_problems(config, on_cpu)
+    elif not on_cpu and backend != "deepspeed" and config.intermediate_size % 8:
         found.append(
             Problem(
                 "moe.intermediate_size",
@@ -100,4 +109,22 @@ def unsupported(config: MoEConfig, *, zero_stage: int, on_cpu: bool = True) -> l
                     f"use moe.drop_policy {its_policy}, or moe.backend custom",
                 )
             )
+    return found
+
+
+def _triton_problems(config: MoEConfig, on_cpu: bool) -> list[Problem]:
+    found: list[Problem] = []
+    instead = "use moe.kernels torch"
+    if find_spec("triton") is None:
+        found.append(Problem("moe.kernels", "triton, which is not installed", f"install it, or {instead}"))
+    elif on_cpu and os.environ.get("TRITON_INTERPRET") != "1":  # the tests' way to run them without a GPU
+        found.append(Problem("moe.kernels", "triton on a CPU, where its kernels do not run", instead))
+    for name, value in TORCH_ONLY.items():
+        given = getattr(config, name)
+        if given != value:
+            what = f"{show(given)} with moe.kernels = triton, which has {show(value)} alone"
+            found.append(Problem(f"moe.{name}", what, f"use moe.{name} {show(value)}, or moe.kernels torch"))
+    if config.router == "expert_choice":
+        what = "expert_choice with moe.kernels = triton, which needs a fixed number of experts per token"
+        found.append(Problem("moe.router", what, f"choose another router, or {instead}"))
     return found

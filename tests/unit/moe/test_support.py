@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from moe_scale.config import MoEConfig
+from moe_scale.moe.backends import support
 from moe_scale.moe.backends.support import CUSTOM_ONLY, unsupported
 
 
@@ -117,6 +118,7 @@ def test_every_refusal_names_the_backend_that_can(stage: int, on_cpu: bool) -> N
 # --- settings that only the custom backend follows
 
 OTHER_VALUES: dict[str, Any] = {
+    "kernels": "torch",
     "router": "sigmoid", "router_temperature": 2.0, "router_jitter": 0.01, "expert_bias": True, "expert_dropout": 0.1,
 }  # fmt: skip
 
@@ -170,3 +172,40 @@ def test_autoep_takes_swiglu_experts_alone(activation: Any) -> None:
     (problem,) = unsupported(replace(config, backend="autoep"), zero_stage=3)
     assert (problem.where, "deepspeed" in problem.allowed) == ("moe.activation", True)
     assert unsupported(replace(config, backend="deepspeed"), zero_stage=3) == []
+
+
+# --- the Triton kernels
+
+
+@pytest.mark.parametrize(
+    ("changes", "where"),
+    [
+        ({}, []),
+        ({"ep_size": 2, "activation": "gelu", "dispatch": "capacity", "intermediate_size": 30}, []),
+        ({"expert_bias": True}, ["moe.expert_bias"]),
+        ({"expert_dropout": 0.1}, ["moe.expert_dropout"]),
+        ({"router": "expert_choice"}, ["moe.router"]),
+        ({"expert_bias": True, "expert_dropout": 0.1}, ["moe.expert_bias", "moe.expert_dropout"]),
+    ],
+)
+def test_what_triton_kernels_refuse_on_a_gpu(
+    changes: dict[str, Any], where: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(support, "find_spec", lambda name: name)
+    config = MoEConfig(kernels="triton", **changes)
+    found = unsupported(config, zero_stage=3, on_cpu=False)
+    assert [problem.where for problem in found] == where
+    assert all("moe.kernels torch" in problem.allowed for problem in found)
+    assert unsupported(replace(config, kernels="torch"), zero_stage=3) == []
+
+
+def test_triton_kernels_want_triton_and_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = MoEConfig(kernels="triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(support, "find_spec", lambda name: name)
+    (problem,) = unsupported(config, zero_stage=3, on_cpu=True)
+    assert (problem.where, "on a CPU" in problem.what) == ("moe.kernels", True)
+    monkeypatch.setattr(support, "find_spec", lambda name: None)
+    (problem,) = unsupported(config, zero_stage=3, on_cpu=False)
+    assert "not installed" in problem.what
+    assert unsupported(replace(config, kernels="auto"), zero_stage=3, on_cpu=False) == []

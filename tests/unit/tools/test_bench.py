@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from moe_scale.config import MoEConfig
+from moe_scale.errors import ConfigError
 from moe_scale.tools import bench
 from moe_scale.tools.peers import PEERS, build_peer, peak_extra_bytes
 from moe_scale.tools.verdict import judge
@@ -40,11 +41,15 @@ def arguments(*flags: str) -> argparse.Namespace:
 
 
 def test_every_peer_has_its_rows(tmp_path: Path) -> None:
-    results = bench.run(arguments("--peers", *PEERS, "--output_dir", str(tmp_path)))
+    peers = [name for name in PEERS if name != "triton"]  # which needs a GPU
+    results = bench.run(arguments("--peers", *peers, "--output_dir", str(tmp_path), "--profile"))
     assert json.loads((tmp_path / "bench.json").read_text()) == results
     rows = results["rows"]
+    assert len((tmp_path / "bench.md").read_text().splitlines()) == 2 + len(rows)
+    for name in peers:
+        assert "aten::" in (tmp_path / f"profile_{name}_4.txt").read_text()
     timed = {(row["name"], row["direction"]) for row in rows}
-    assert {(name, direction) for name in PEERS for direction in ("forward", "backward", "both")} <= timed
+    assert {(name, direction) for name in peers for direction in ("forward", "backward", "both")} <= timed
     assert {("custom/" + part, "forward") for part in ("route", "plan", "statistics", "experts")} <= timed
     for row in rows:
         assert row["median_ms"] > 0
@@ -126,6 +131,12 @@ def test_peak_memory_is_what_a_step_allocates() -> None:
     size = 1 << 20
     peak = peak_extra_bytes(lambda: torch.ones(size) + torch.ones(size), torch.device("cpu"))
     assert peak == pytest.approx(3 * 4 * size, rel=0.01), "two terms and their sum, 4 bytes each"
+
+
+def test_triton_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ConfigError, match=r"moe\.kernels: triton"):
+        bench.run(arguments("--peers", "dense", "triton"))
 
 
 def test_unknown_peer_is_named() -> None:
