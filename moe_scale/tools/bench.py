@@ -109,6 +109,8 @@ def bench(arguments: argparse.Namespace, device: torch.device) -> tuple[list[Row
             path.write_text(profile(functools.partial(step_once, layer, x_BSD, grad_BSD), device))
     peaks, weight_grads = {}, {}
     for key, layer in layers.items():
+        x_BSD.grad = None  # left by the layer before, its release would count for this one
+        layer.zero_grad(set_to_none=True)
         peaks[key] = peak_extra_bytes(functools.partial(step_once, layer, x_BSD, grad_BSD), device)
         weight_grads[key] = sum(p.grad.nbytes for p in layer.parameters() if p.grad is not None)
         layer.zero_grad(set_to_none=True)

@@ -81,6 +81,14 @@ def test_several_expert_counts_are_several_shapes() -> None:
     assert (growth["what"], growth["num_experts"], growth["target"]) == ("time over that of 2 experts", 8, 2.0)
 
 
+def test_memory_of_a_layer_does_not_depend_on_its_turn() -> None:
+    peaks = []
+    for order in (["custom", "dense"], ["dense", "custom"]):
+        rows = bench.run(arguments("--peers", *order))["rows"]
+        peaks.append({row["name"]: row["peak_bytes"] for row in rows if row["direction"] == "both"})
+    assert peaks[0] == peaks[1]
+
+
 def test_verdict_by_hand() -> None:
     samples = {
         (4, "custom"): [3.0, 30.0, 2.0],
