@@ -1,7 +1,4 @@
-"""A tiny training run to be started in many ways, and how two of its curves are held against each other.
-
-Its vocabulary is the characters of its text: with GPT-2's, half of the time would go into the embedding.
-"""
+"""A tiny training run to be started in many ways, and how two of its curves are held against each other."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ from tests.ranks import REPO, run_ranks
 STEPS = 20
 TINY = """
 max_steps: 20
-model: {num_layers: 2, d_model: 32, num_heads: 4, num_kv_heads: 2, vocab_size: 128}
+model: {num_layers: 2, d_model: 32, num_heads: 4, num_kv_heads: 2, vocab_size: 50304}
 moe: {num_experts: 4, intermediate_size: 16}
 data: {seq_len: 32, num_workers: 0}
 optim: {warmup_steps: 2, lr: 0.003}
@@ -33,7 +30,6 @@ class Runs:
     def __init__(self, folder: Path):
         self.folder = folder
         (folder / "tiny.yaml").write_text(TINY)
-        write_text(folder)
         (folder / "ds.json").write_text(json.dumps(DS_JSON))
 
     def argv(
@@ -45,10 +41,6 @@ class Runs:
             str(self.folder / "tiny.yaml"),
             "--deepspeed_config",
             str(self.folder / "ds.json"),
-            "--data.source",
-            str(self.folder / "text.jsonl"),
-            "--data.tokenizer",
-            str(self.folder / "tokenizer"),
             "--output_dir",
             str(self.folder / name),
             "--deepspeed_override",
@@ -75,17 +67,27 @@ class Runs:
         return [(r["loss"], r["grad_norm"]) for r in records if "loss" in r]
 
 
-def write_text(folder: Path) -> None:
-    """``text.jsonl``, 300 documents made of 50 words, and ``tokenizer`` with a token for each printable character."""
-    (folder / "tokenizer").mkdir(exist_ok=True)
-    characters = [chr(code) for code in range(33, 127)] + ["\u0120", "\u010a"]  # a blank and a line end, byte-level
-    vocab = {character: index for index, character in enumerate(characters)}
-    (folder / "tokenizer" / "vocab.json").write_text(json.dumps(vocab))
-    (folder / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
-    draw = random.Random(0)
-    words = ["".join(draw.choices("etaoinshrdlu", k=draw.randint(2, 6))) for _ in range(50)]
-    documents = [json.dumps({"text": " ".join(draw.choices(words, k=60))}) + "\n" for _ in range(300)]
-    (folder / "text.jsonl").write_text("".join(documents))
+class CharacterRuns(Runs):
+    """The same with the characters of a made-up text as vocabulary: half of a run's time would go into GPT-2's."""
+
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        (folder / "tokenizer").mkdir()
+        characters = [chr(code) for code in range(33, 127)] + ["\u0120", "\u010a"]  # a blank, a line end, byte-level
+        vocab = {character: index for index, character in enumerate(characters)}
+        (folder / "tokenizer" / "vocab.json").write_text(json.dumps(vocab))
+        (folder / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
+        draw = random.Random(0)
+        words = ["".join(draw.choices("etaoinshrdlu", k=draw.randint(2, 6))) for _ in range(50)]
+        documents = [json.dumps({"text": " ".join(draw.choices(words, k=60))}) + "\n" for _ in range(300)]
+        (folder / "text.jsonl").write_text("".join(documents))
+
+    def argv(
+        self, name: str, world_size: int, *, stage: int, ds: tuple[str, ...] = (), extra: tuple[str, ...] = ()
+    ) -> list[str]:
+        text = ("--data.source", str(self.folder / "text.jsonl"), "--data.tokenizer", str(self.folder / "tokenizer"))
+        extra = ("--model.vocab_size", "128", *text, *extra)
+        return super().argv(name, world_size, stage=stage, ds=ds, extra=extra)
 
 
 def assert_same(curves: dict[str, Curve], expected: Curve, loss: float = 1e-5, grad_norm: float = 1e-4) -> None:

@@ -8,14 +8,14 @@ import pytest
 
 from moe_scale.config import MoEConfig
 from moe_scale.moe.backends.support import unsupported
-from tests.curves import STEPS, Curve, Runs, assert_same
+from tests.curves import STEPS, CharacterRuns, Curve, Runs, assert_same
 
 BACKENDS: tuple[Any, ...] = ("custom", "deepspeed", "autoep")
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    return Runs(tmp_path_factory.mktemp("runs"))
+    return CharacterRuns(tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture(scope="module")
