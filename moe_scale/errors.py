@@ -54,8 +54,14 @@ class ConfigError(Exception):
         return "\n".join(map(str, self.problems))
 
 
-class DivergedError(Exception):
-    """The loss is not a number any more. Raised on all ranks at once, with what to change."""
+class StoppedError(Exception):
+    """A run ends before its last step, by what all ranks know. Raised on all of them at once, with what to tell."""
+
+    exit_code = 1
+
+
+class DivergedError(StoppedError):
+    """The loss is beyond help."""
 
 
 def raise_if(problems: list[Problem]) -> None:

@@ -63,7 +63,8 @@ class Runs:
         run_ranks(world_size, [worker, str(listed)], timeout=120 + 15 * len(cases))
 
     def curve(self, name: str) -> Curve:
-        records = map(json.loads, (self.folder / name / "metrics.jsonl").read_text().splitlines())
+        lines = (self.folder / name / "metrics.jsonl").read_text().splitlines(keepends=True)
+        records = [json.loads(line) for line in lines if line.endswith("\n")]  # a killed run may leave half a line
         return [(r["loss"], r["grad_norm"]) for r in records if "loss" in r]
 
 

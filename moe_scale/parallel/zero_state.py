@@ -123,17 +123,20 @@ def _local_gradients(engine: Any) -> list[Tensor | None]:
 def step_without_update(engine: Any) -> None:
     """``engine.step()`` that leaves parameters, moments and learning rate as they are, and forgets the gradients.
 
+    It counts as one of ``engine.skipped_steps``.
+
     What a wrapper has to clean up after a backward pass differs by ZeRO stage; letting it run its own step over an
     optimizer that does nothing covers all of them.
     """
     inner: Any = inner_optimizer(engine)
-    schedule = engine.lr_scheduler
+    schedule, skipped = engine.lr_scheduler, engine.skipped_steps
     step = inner.step
     inner.step, engine.lr_scheduler = lambda *_, **__: None, None
     try:
         engine.step()
     finally:
         inner.step, engine.lr_scheduler = step, schedule
+        engine.skipped_steps = skipped + 1  # in fp16, DeepSpeed has counted it already
 
 
 def loss_scaler_state(engine: Any) -> dict[str, float] | None:

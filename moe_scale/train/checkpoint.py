@@ -24,7 +24,7 @@ from moe_scale.checkpoint.index import Index, read_index, verify
 from moe_scale.checkpoint.reader import Reader
 from moe_scale.checkpoint.writer import Part, Piece, join, write_part
 from moe_scale.config import CheckpointConfig
-from moe_scale.errors import ConfigError, Problem
+from moe_scale.errors import ConfigError, Problem, StoppedError
 from moe_scale.parallel.device import rng_states, set_rng_states
 from moe_scale.train import snapshot
 
@@ -62,8 +62,8 @@ class Moment:
     scores: dict[str, Any]
 
 
-class NotSavedError(Exception):
-    """The state that a run ends with could not be saved. Raised on all ranks at once."""
+class NotSavedError(StoppedError):
+    """The state that a run ends with could not be saved."""
 
 
 class Saver:
@@ -87,6 +87,13 @@ class Saver:
         self._group = dist.new_group(backend="gloo")
         self._thread: threading.Thread | None = None
         self._news: list[str] = []
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and issubclass(kind, StoppedError):
+            self.wait()  # what has been begun is finished
 
     def save(self, engine: Any, moment: Moment, data_state: dict[str, Any], *, best: bool = False) -> None:
         """Save the run as it stands now. Failures are kept for :meth:`news`: a full disk must not end a run.

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from moe_scale.config import FaultConfig
-from moe_scale.errors import DivergedError
+from moe_scale.errors import DivergedError, StoppedError
 
 EXIT_PREEMPTED = 75
 """Exit code of a run that was asked to stop and has saved: start it again with ``--resume auto``."""
@@ -26,8 +26,10 @@ SAME_REQUEST_S = 1.0
 """Launchers send a signal several times over; what comes within so many seconds is one request."""
 
 
-class PreemptedError(Exception):
-    """The run was asked to stop, and its state is saved. Raised on all ranks at once."""
+class PreemptedError(StoppedError):
+    """The run was asked to stop, and its state is saved."""
+
+    exit_code = EXIT_PREEMPTED
 
 
 class Interruption:
@@ -103,8 +105,8 @@ class Deadline:
 
     def __init__(self, seconds: float | None):
         self.end = None if seconds is None else time.monotonic() + seconds
-        self._steps: collections.deque[float] = collections.deque(maxlen=20)
-        self._last = time.monotonic()
+        self._longest = 0.0  # of all steps: the next one may have an evaluation too
+        self._last: float | None = None
 
     def near(self, save_s: float) -> bool:
         """Whether another step may be one too many. Call it once a step.
@@ -113,9 +115,10 @@ class Deadline:
             save_s: seconds that a checkpoint takes.
         """
         now = time.monotonic()
-        self._steps.append(now - self._last)
+        if self._last is not None:  # what came before the first step is no measure of a step
+            self._longest = max(self._longest, now - self._last)
         self._last = now
-        return self.end is not None and now + 2 * max(self._steps) + 2 * save_s >= self.end
+        return self.end is not None and now + 2 * self._longest + 2 * save_s >= self.end
 
 
 class BadSteps:
@@ -123,25 +126,29 @@ class BadSteps:
 
     def __init__(self, config: FaultConfig):
         self.config = config
-        self.total = self.in_a_row = 0
+        self.in_a_row = 0
+        self._last = ""
 
     def good(self) -> None:
         self.in_a_row = 0
 
     def bad(self, step: int, what: str) -> str:
-        """Count a step. Returns what to tell.
+        """Count a step. Returns what to tell."""
+        self.in_a_row += 1
+        self._last = f"{what} at step {step}"
+        return f"warning: step {step} was skipped: {what}"
+
+    def end_if_too_many(self) -> None:
+        """Call it when the step is logged.
 
         Raises:
             DivergedError: when there were too many in a row.
         """
-        self.total += 1
-        self.in_a_row += 1
         if self.in_a_row >= self.config.max_bad_steps:
             raise DivergedError(
-                f"{what} at step {step}, the {self.in_a_row}th skipped step in a row (faults.max_bad_steps): lower "
-                "--optim.lr, raise --optim.warmup_steps, or look at the data; the last checkpoint is from before"
+                f"{self._last}; steps skipped in a row: {self.in_a_row} (faults.max_bad_steps). Lower --optim.lr, "
+                "raise --optim.warmup_steps, or look at the data; the last checkpoint is from before"
             )
-        return f"warning: step {step} was skipped: {what}"
 
 
 class SpikeWatch:

@@ -42,6 +42,7 @@ from moe_scale.train.optim import parameters_by_part
 from moe_scale.train.recipe import Job
 from moe_scale.train.start import (
     agree_on_checkpoint,
+    leaving_together,
     naming_this_rank,
     open_logger,
     open_progress,
@@ -65,28 +66,30 @@ def train(job: Job) -> None:
         devices.keep_freed_memory()
     launches.export(launch)
     zero.init_distributed()
-    resumed = agree_on_checkpoint(job)
-    groups = zero.make_groups(config.moe.ep_size if config.moe.enabled else 1)
-    prepare_data(job)
-    engine = build_engine(lambda: task.build_model(groups), config, job.plan, job.device)
-    state = RunState(resumed[1].step, resumed[1].tokens, resumed[1].scores) if resumed else RunState(0, 0, {})
-    # Of what is drawn in training (noise, jitter, dropout), and different on every rank.
-    torch.manual_seed(((config.seed + state.step) * 1_000_003 + launch.rank) % 2**63)
-    with stopping_together():
-        if resumed is not None:
-            task.batches().load_state_dict(checkpoint.load(engine, *resumed))
-    run = Run(job, engine, groups, state, deadline)
-    with (
-        run.interruption,
-        run.watchdog,
-        open_logger(job, state.step if resumed else None) as run.logger,
-        open_progress(job, resumed) as run.progress,
-        naming_this_rank(launch),
-    ):
-        _train_steps(run)
-        run.watchdog.at(state.step, "summary")
-        summary = task.summarize(engine, state.scores, job.run_dir)
-        dist.barrier()
+    with Watchdog(hang_s=60 * config.faults.hang_minutes) as watchdog:
+        resumed = agree_on_checkpoint(job)
+        groups = zero.make_groups(config.moe.ep_size if config.moe.enabled else 1)
+        prepare_data(job)
+        engine = build_engine(lambda: task.build_model(groups), config, job.plan, job.device)
+        state = RunState(resumed[1].step, resumed[1].tokens, resumed[1].scores) if resumed else RunState(0, 0, {})
+        # Of what is drawn in training (noise, jitter, dropout), and different on every rank.
+        torch.manual_seed(((config.seed + state.step) * 1_000_003 + launch.rank) % 2**63)
+        with stopping_together():
+            if resumed is not None:
+                task.batches().load_state_dict(checkpoint.load(engine, *resumed))
+        run = Run(job, engine, groups, state, deadline, watchdog)
+        with (
+            run.interruption,
+            leaving_together(),
+            open_logger(job, state.step if resumed else None) as run.logger,
+            open_progress(job, resumed) as run.progress,
+            naming_this_rank(launch),
+            run.saver,
+        ):
+            _train_steps(run)
+            watchdog.at(state.step, "summary")
+            summary = task.summarize(engine, state.scores, job.run_dir)
+            dist.barrier()
     if launch.is_main:
         _print_summary([*summary, ("tokens seen", f"{state.tokens:,}"), ("run folder", str(job.run_dir.resolve()))])
     task.batches().close()
@@ -115,14 +118,16 @@ class Run:
     logger: MetricsLogger
     progress: Progress
 
-    def __init__(self, job: Job, engine: Any, groups: ParallelGroups, state: RunState, deadline: Deadline):
+    def __init__(
+        self, job: Job, engine: Any, groups: ParallelGroups, state: RunState, deadline: Deadline, watchdog: Watchdog
+    ):
         config = job.config
-        self.job, self.engine, self.groups, self.state, self.deadline = job, engine, groups, state, deadline
+        self.job, self.engine, self.groups, self.state = job, engine, groups, state
+        self.deadline, self.watchdog = deadline, watchdog
         self.parts = parameters_by_part(engine.module)
         self.throughput = Throughput(window=config.telemetry.every)
         self.agreement = Agreement()
         self.interruption = Interruption()
-        self.watchdog = Watchdog(hang_s=60 * config.faults.hang_minutes)
         self.bad_steps = BadSteps(config.faults)
         self.spikes = SpikeWatch(config.faults)
         self.collapse = CollapseWatch(config.faults, job.task.sparse_layers, config.moe.top_k)
@@ -165,6 +170,7 @@ def _train_steps(run: Run) -> None:
         run.throughput.step(job.tokens_per_step)
         if logged:
             _log(run, {"lr": learning_rate} | outcome.record)
+        run.bad_steps.end_if_too_many()
         with run.throughput.pause():
             if outcome.spiked and _roll_back(run):
                 continue
@@ -226,7 +232,7 @@ def _step(run: Run, *, logged: bool) -> StepOutcome:
         loss = run.agreement.mean(float(torch.stack(losses).mean()))
         spiked = updated and run.spikes.is_spike(loss)
     if logged:
-        record |= {"skipped_steps": run.bad_steps.total + engine.skipped_steps}
+        record |= {"skipped_steps": engine.skipped_steps}
         if job.plan.precision == "fp16":
             record["loss_scale"] = zero.loss_scale(engine)
         record = meter.record() | record
@@ -274,7 +280,9 @@ def _roll_back(run: Run) -> bool:
     """After a spike: back to the newest checkpoint, and on with the data after the spike. False if there is none."""
     state = run.state
     run.saver.wait()
-    path = next(iter(complete(run.job.run_dir)), None)
+    newest = [next(iter(complete(run.job.run_dir)), None)]
+    dist.broadcast_object_list(newest)  # file systems of several hosts may lag behind each other
+    path = newest[0]
     if path is None:
         run.tell([f"warning: the loss spiked at step {state.step}, and there is no checkpoint yet to go back to"])
         return False

@@ -14,7 +14,7 @@ from typing import Any
 import torch.distributed as dist
 
 from moe_scale.config import RunConfig, Scale
-from moe_scale.errors import ConfigError, DivergedError, Problem, exit_on_config_error, raise_if
+from moe_scale.errors import ConfigError, Problem, StoppedError, exit_on_config_error, raise_if
 from moe_scale.moe.backends.support import unsupported
 from moe_scale.parallel import device as devices
 from moe_scale.parallel import launch as launches
@@ -25,8 +25,7 @@ from moe_scale.parallel.launch import Launch
 from moe_scale.settings import read_settings, to_dict, to_yaml
 from moe_scale.telemetry.quiet import quiet
 from moe_scale.train import checkpoint
-from moe_scale.train.checkpoint import NotSavedError
-from moe_scale.train.faults import EXIT_PREEMPTED, PreemptedError
+from moe_scale.train.faults import PreemptedError
 from moe_scale.train.optim import optimizer_problems
 from moe_scale.train.task import Task
 
@@ -107,10 +106,10 @@ def exit_codes() -> Iterator[None]:
     try:
         with exit_on_config_error():
             yield
-    except (DivergedError, NotSavedError) as error:
-        _leave(f"error: {error}", 1)
     except PreemptedError as error:
-        _leave(str(error), EXIT_PREEMPTED)
+        _leave(str(error), error.exit_code)
+    except StoppedError as error:
+        _leave(f"error: {error}", error.exit_code)
     except KeyboardInterrupt:
         _leave("interrupted", EXIT_INTERRUPTED)
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 from moe_scale.checkpoint import folder as folders
-from moe_scale.checkpoint.index import Index, read_index
-from moe_scale.errors import EXIT_BAD_CONFIG, ConfigError, Problem, format_problems
+from moe_scale.checkpoint.index import Index
+from moe_scale.errors import EXIT_BAD_CONFIG, ConfigError, Problem, StoppedError, format_problems
 from moe_scale.parallel import device as devices
 from moe_scale.parallel.launch import Launch
 from moe_scale.settings import to_dict
@@ -27,29 +27,26 @@ from moe_scale.train.recipe import Job
 def agree_on_checkpoint(job: Job) -> tuple[Path, Index] | None:
     """The checkpoint that all ranks continue from, every byte of it compared with its checksum.
 
-    With ``resume auto`` a damaged one is renamed, and the one before it is taken.
+    With ``resume auto`` damaged ones are passed over, and renamed once an intact one is found.
 
     Raises:
         ConfigError: if the ranks find different ones, or none is intact.
     """
-    path = job.resume_from
-    _require_same_everywhere(job, path)
+    found = checkpoint.candidates(job.run_dir)[0] if job.resume_from else []
+    _require_same_everywhere(job, [path for path, _ in found])
     damaged: list[Problem] = []
-    while path is not None:
-        index = read_index(path)
+    for path, index in found:
         problems = checkpoint.check_together(path, index)
         if not problems:
+            if job.launch.is_main:
+                _set_aside_newer(job, path, damaged)
+            dist.barrier()
             return path, index
         damaged += problems
         if job.config.resume == "must":
             break
-        dist.barrier()
-        if job.launch.is_main:
-            print(f"warning: {path.name} is damaged, and the one before it is taken: {problems[0]}", flush=True)
-            folders.set_aside(path, "damaged")
-        dist.barrier()
-        path = next((found for found, _ in checkpoint.candidates(job.run_dir)[0]), None)
     if damaged:
+        dist.destroy_process_group()
         raise ConfigError(damaged)
     return None
 
@@ -85,12 +82,20 @@ def open_logger(job: Job, resumed_at: int | None) -> MetricsLogger:
 
     Args:
         resumed_at: the step of the checkpoint; None for a run that begins.
+
+    Raises:
+        ConfigError: if the run's folder cannot be written.
     """
     settings = to_dict(job.config)
-    if job.launch.is_main:
-        if resumed_at is None:
-            keep_earlier_metrics(job.run_dir)
-        snapshot(job.run_dir, settings=settings, deepspeed=job.plan.json, argv=job.argv, device=job.device.name)
+    with stopping_together():
+        if job.launch.is_main:
+            try:
+                folders.sweep(job.run_dir)
+                if resumed_at is None:
+                    keep_earlier_metrics(job.run_dir)
+                snapshot(job.run_dir, settings=settings, deepspeed=job.plan.json, argv=job.argv, device=job.device.name)
+            except OSError as error:
+                raise ConfigError(Problem("output_dir", f"{job.run_dir} cannot be written: {error.strerror}")) from None
     logger = MetricsLogger(
         job.run_dir,
         job.config.telemetry,
@@ -111,6 +116,19 @@ def open_progress(job: Job, resumed: tuple[Path, Index] | None) -> Progress:
 
 
 @contextmanager
+def leaving_together() -> Iterator[None]:
+    """Hold each rank of a run that is stopped until all have closed their files.
+
+    A launcher kills all ranks as soon as one has left.
+    """
+    try:
+        yield
+    except StoppedError:
+        dist.barrier()
+        raise
+
+
+@contextmanager
 def naming_this_rank(launch: Launch) -> Iterator[None]:
     """Let a rank whose data fails in the middle of a run say so itself: the others know nothing of it."""
     try:
@@ -121,9 +139,19 @@ def naming_this_rank(launch: Launch) -> Iterator[None]:
         raise SystemExit(EXIT_BAD_CONFIG) from None
 
 
-def _require_same_everywhere(job: Job, path: Path | None) -> None:
-    """Stop all ranks unless they all found the checkpoint that rank 0 found: their folders may not be one."""
-    mine = path.name if path else "none"
+def _set_aside_newer(job: Job, path: Path, damaged: list[Problem]) -> None:
+    """Rename the damaged checkpoints after the one that is continued from, lest they are taken for it later."""
+    for problem in damaged:
+        print(f"warning: a damaged checkpoint is passed over: {problem}", flush=True)
+    for newer in folders.complete(job.run_dir):
+        if folders.step_of(newer) > folders.step_of(path):
+            aside = folders.set_aside(newer, "damaged")
+            print(f"warning: {newer.name} is damaged and now called {aside.name}; {path.name} is taken", flush=True)
+
+
+def _require_same_everywhere(job: Job, paths: list[Path]) -> None:
+    """Stop all ranks unless they all found the checkpoints that rank 0 found: their folders may not be one."""
+    mine = ", ".join(path.name for path in paths) or "none"
     found: list[str] = [""] * job.launch.world_size
     dist.all_gather_object(found, mine)
     with stopping_together():
@@ -132,7 +160,7 @@ def _require_same_everywhere(job: Job, path: Path | None) -> None:
             raise ConfigError(
                 Problem(
                     "output_dir",
-                    f"host {host} finds the checkpoint {mine} in {job.run_dir}, rank 0 finds {found[0]}",
+                    f"host {host} finds the checkpoints {mine} in {job.run_dir}, rank 0 finds {found[0]}",
                     "choose a folder that all hosts share",
                 )
             )

@@ -9,7 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_scale.config import DecoderConfig, LMConfig, MoEConfig, OptimConfig, TextDataConfig, divisors
+from moe_scale.config import (
+    DecoderConfig,
+    LMConfig,
+    MoEConfig,
+    OptimConfig,
+    TextDataConfig,
+    divisors,
+    duration_seconds,
+)
 
 
 def text(found: list[Any]) -> list[str]:
@@ -151,3 +159,21 @@ def test_problems_of_all_sections_at_once() -> None:
 @given(st.integers(1, 5000))
 def test_divisors(n: int) -> None:
     assert divisors(n) == [d for d in range(1, n + 1) if n % d == 0]
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("90", 90 * 60),
+        ("0:45", 45),
+        ("90:30", 90 * 60 + 30),
+        ("1:30:00", 90 * 60),
+        ("2-12", 60 * 3600),
+        ("2-12:30", 60 * 3600 + 30 * 60),
+        ("2-12:30:15", 60 * 3600 + 30 * 60 + 15),
+        ("0", 0),
+        *((bad, None) for bad in ("", "-1", "1h", "1:2:3:4", "1-", "-2", "1-1:1:1:1", "1.5", " 5", "5\n", "1::2")),
+    ],
+)
+def test_times_are_read_as_slurm_reads_them(text: str, seconds: int | None) -> None:
+    assert duration_seconds(text) == seconds
