@@ -41,6 +41,7 @@ def same_ranks_cases() -> dict[str, dict[str, object]]:
     cases["deepspeed"] = {"stage": 3, "extra": (*spread, "--moe.backend", "deepspeed")}
     cases["autoep"] = {"stage": 2, "extra": (*spread, "--moe.backend", "autoep")}
     cases["offload"] = {"stage": 3, "ds": ("zero_optimization.offload_optimizer.device=cpu",)}
+    cases["offload-all"] = {"stage": 3, "ds": (*cases["offload"]["ds"], "zero_optimization.offload_param.device=cpu")}  # type: ignore[misc]
     cases["foreground"] = {"stage": 3, "extra": (*spread, "--checkpoint.background", "false")}
     return cases
 
