@@ -104,7 +104,7 @@ def main(recipe: Recipe, argv: Sequence[str] | None = None) -> None:
 def exit_codes() -> Iterator[None]:
     """Turn what ends a run early into one line from rank 0 and the process's exit code, on every rank."""
     try:
-        with exit_on_config_error():
+        with exit_on_config_error(), _leaving_the_group():
             yield
     except PreemptedError as error:
         _leave(str(error), error.exit_code)
@@ -112,6 +112,17 @@ def exit_codes() -> Iterator[None]:
         _leave(f"error: {error}", error.exit_code)
     except KeyboardInterrupt:
         _leave("interrupted", EXIT_INTERRUPTED)
+
+
+@contextlib.contextmanager
+def _leaving_the_group() -> Iterator[None]:
+    """End the process group in good order where all ranks end together."""
+    try:
+        yield
+    except (ConfigError, StoppedError):
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        raise
 
 
 def _leave(text: str, code: int) -> None:

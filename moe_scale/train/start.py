@@ -46,7 +46,6 @@ def agree_on_checkpoint(job: Job) -> tuple[Path, Index] | None:
         if job.config.resume == "must":
             break
     if damaged:
-        dist.destroy_process_group()
         raise ConfigError(damaged)
     return None
 
@@ -73,7 +72,6 @@ def stopping_together() -> Iterator[None]:
     dist.all_gather_object(everyones, mine)
     problems = list(dict.fromkeys(p for theirs in everyones for p in theirs or []))
     if problems:
-        dist.destroy_process_group()
         raise ConfigError(problems)
 
 

@@ -6,6 +6,7 @@ Many runs share one start, because importing torch and DeepSpeed costs more than
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import json
@@ -58,6 +59,12 @@ class FaultyTask(LanguageModelTask):
             ctypes.PyDLL(None).sleep(fault["hold_lock"])  # no other thread of Python runs meanwhile
         if "raise" in fault:
             raise RuntimeError(fault["raise"])
+        if "fill" in fault:
+            with contextlib.suppress(OSError), open(fault["fill"], "wb", buffering=0) as file:
+                while file.write(bytes(1 << 16)):
+                    pass
+        if "delete" in fault:
+            os.unlink(fault["delete"])
         if "gradient" in fault:
             parameter = next(p for name, p in engine.module.named_parameters() if fault["parameter"] in name)
             hook = parameter.register_hook(lambda gradient: (hook.remove(), gradient * float(fault["gradient"]))[1])

@@ -13,30 +13,12 @@ import pytest
 from moe_scale.parallel import device as devices
 from moe_scale.train.faults import EXIT_PREEMPTED
 from tests.curves import Runs
-from tests.ranks import REPO, Ended, Ranks, run_ranks
+from tests.distributed.faulty import WORKER, Case, case, run_cases
+from tests.ranks import Ended, Ranks
 
 pytestmark = pytest.mark.slow
-WORKER = str(REPO / "tests" / "distributed" / "fault_cases.py")
 EP2 = ("--moe.ep_size", "2")
 ONE_MICRO_BATCH = ("train_micro_batch_size_per_gpu=4", "gradient_accumulation_steps=1")
-
-Case = dict[str, Any]
-
-
-def case(argv: list[str], *faults: dict[str, Any]) -> Case:
-    return {"argv": argv, "faults": list(faults)}
-
-
-def run_cases(
-    runs: Runs, cases: dict[str, Case], name: str, timeout: float = 280.0
-) -> tuple[dict[str, list[dict[str, Any]]], str]:
-    """Train the cases in one start of two ranks. For each, how it ended on each rank; and what rank 0 printed."""
-    assert len(cases) > 1, "a single case ends the ranks as a recipe does"
-    listed = runs.folder / f"{name}.json"
-    listed.write_text(json.dumps(list(cases.values())))
-    printed = run_ranks(2, [WORKER, str(listed)], timeout=timeout)
-    ends = [json.loads(listed.with_suffix(f".{rank}.json").read_text()) for rank in range(2)]
-    return {name: list(both) for name, both in zip(cases, zip(*ends, strict=True), strict=True)}, printed
 
 
 def ranks_of(runs: Runs, name: str, the_case: Case) -> Ranks:
