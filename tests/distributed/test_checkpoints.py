@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.curves import STEPS, Curve, Runs, assert_same
+from tests.curves import STEPS, CharacterRuns, Curve, Runs, assert_same
 
 HALF = STEPS // 2
 LAYOUTS = [(4, 4), (4, 1), (2, 2), (2, 1), (1, 1)]
@@ -23,6 +23,11 @@ def resumable(runs: Runs, name: str, world_size: int, **how: object) -> list[str
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(tmp_path_factory.mktemp("checkpoints"))
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return CharacterRuns(tmp_path_factory.mktemp("checkpoints-quick"))
 
 
 def same_ranks_cases() -> dict[str, dict[str, object]]:
@@ -78,23 +83,23 @@ def other_layouts() -> dict[tuple[int, str], dict[str, object]]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_one_checkpoint_opens_anywhere(runs: Runs) -> None:
+def test_one_checkpoint_opens_anywhere(quick: Runs) -> None:
     """Saved at 4 ranks, ep_size 2, ZeRO-3; the next ten steps anywhere else are those of the uninterrupted run."""
     spread = ("--moe.ep_size", "2", "--checkpoint.every", str(HALF))
-    runs.run(4, {"whole": resumable(runs, "whole", 4, stage=3, extra=spread)})
-    expected = runs.curve("whole")
+    quick.run(4, {"whole": resumable(quick, "whole", 4, stage=3, extra=spread)})
+    expected = quick.curve("whole")
     assert len(expected) == STEPS
     cases = other_layouts()
     for _, name in cases:
-        start_from(runs.folder / "whole", HALF, runs.folder / name)
+        start_from(quick.folder / "whole", HALF, quick.folder / name)
     for world_size in (4, 2, 1):
         argvs = {
-            name: [*resumable(runs, name, world_size, **dict(how)), "--resume", "must"]
+            name: [*resumable(quick, name, world_size, **dict(how)), "--resume", "must"]
             for (ranks, name), how in cases.items()
             if ranks == world_size
         }
-        runs.run(world_size, argvs)
-    curves = {name: runs.curve(name)[HALF:] for _, name in cases}
+        quick.run(world_size, argvs)
+    curves = {name: quick.curve(name)[HALF:] for _, name in cases}
     assert len(curves) == 37
     assert_same(curves, expected[HALF:])
 
