@@ -35,6 +35,8 @@ class PreemptedError(StoppedError):
 class Interruption:
     """Whether a signal asks this rank to save and stop. A second one, later, ends the process at once.
 
+    A context manager that listens from :meth:`listen` to its end.
+
     Signals are read from a pipe by a thread: Python runs a handler only when the main thread returns to it, and that
     one may be waiting in a collective.
     """
@@ -45,19 +47,29 @@ class Interruption:
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
 
+        self._handlers: dict[int, Any] = {}
+        self._wakeup = -1
+
     def __enter__(self) -> Interruption:
-        self._handlers = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
-        self._wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-        threading.Thread(target=self._listen, name="signals", daemon=True).start()
         return self
 
+    def listen(self) -> None:
+        """From here on a signal is a request; before, it ends the process."""
+        self._handlers = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+        self._wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._read, name="signals", daemon=True).start()
+
     def __exit__(self, *_: object) -> None:
+        if not self._handlers:
+            self._reader.close()
+            self._writer.close()
+            return
         signal.set_wakeup_fd(self._wakeup)
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._writer.close()  # ends the thread
 
-    def _listen(self) -> None:
+    def _read(self) -> None:
         first = 0.0
         while numbers := self._reader.recv(64):
             for number in numbers:

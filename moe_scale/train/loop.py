@@ -66,7 +66,8 @@ def train(job: Job) -> None:
         devices.keep_freed_memory()
     launches.export(launch)
     zero.init_distributed()
-    with Watchdog(hang_s=60 * config.faults.hang_minutes) as watchdog:
+    # The watchdog has the last word when a rank is lost, whatever signals a launcher sends to the others meanwhile.
+    with Interruption() as interruption, Watchdog(hang_s=60 * config.faults.hang_minutes) as watchdog:
         resumed = agree_on_checkpoint(job)
         groups = zero.make_groups(config.moe.ep_size if config.moe.enabled else 1)
         prepare_data(job)
@@ -77,9 +78,9 @@ def train(job: Job) -> None:
         with stopping_together():
             if resumed is not None:
                 task.batches().load_state_dict(checkpoint.load(engine, *resumed))
-        run = Run(job, engine, groups, state, deadline, watchdog)
+        run = Run(job, engine, groups, state, deadline, interruption, watchdog)
+        interruption.listen()
         with (
-            run.interruption,
             leaving_together(),
             open_logger(job, state.step if resumed else None) as run.logger,
             open_progress(job, resumed) as run.progress,
@@ -119,15 +120,21 @@ class Run:
     progress: Progress
 
     def __init__(
-        self, job: Job, engine: Any, groups: ParallelGroups, state: RunState, deadline: Deadline, watchdog: Watchdog
+        self,
+        job: Job,
+        engine: Any,
+        groups: ParallelGroups,
+        state: RunState,
+        deadline: Deadline,
+        interruption: Interruption,
+        watchdog: Watchdog,
     ):
         config = job.config
         self.job, self.engine, self.groups, self.state = job, engine, groups, state
-        self.deadline, self.watchdog = deadline, watchdog
+        self.deadline, self.interruption, self.watchdog = deadline, interruption, watchdog
         self.parts = parameters_by_part(engine.module)
         self.throughput = Throughput(window=config.telemetry.every)
         self.agreement = Agreement()
-        self.interruption = Interruption()
         self.bad_steps = BadSteps(config.faults)
         self.spikes = SpikeWatch(config.faults)
         self.collapse = CollapseWatch(config.faults, job.task.sparse_layers, config.moe.top_k)

@@ -13,6 +13,7 @@ from tests.curves import Curve, Runs
 from tests.ranks import REPO, Ranks
 
 pytestmark = pytest.mark.slow
+PROGRESS = ("lm_16l at", "continuing from", "step ")
 RECIPE = str(REPO / "recipes" / "lm_16l.py")
 
 
@@ -75,7 +76,10 @@ def kill_many_times(runs: Runs, kills: int, steps: int, longest_wait: float, see
             ended = ranks.wait(timeout=60)
         assert ended.codes[victim] == -signal.SIGKILL, f"the run was over before its kill: {ended}"
         assert ended.codes[1 - victim] == 1, f"the other rank must end by itself, within a minute: {ended}"
-        assert "Traceback" not in ended.output[1 - victim], ended
+        lost = ("rank 0 is lost", "lost rank 1 on ")[victim]
+        said = [line for line in ended.output[1 - victim].splitlines() if not line.startswith(PROGRESS)]
+        assert len(said) == 1, ended
+        assert said[0].startswith(f"error: {lost}"), ended
         killed += 1
         curve = runs.curve(name)
         assert curve == whole[: len(curve)], f"after {killed} kills"

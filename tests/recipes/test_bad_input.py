@@ -138,7 +138,7 @@ def test_many_wrong_settings_on_two_ranks(folder: Path) -> None:
         "deepspeed_config: train_batch_size: 3 != ",
         "deepspeed_config: zero_optimization.stage: 3.0; choose 0, 1, 2 or 3",
         "data.source: the folder empty has no file",
-        "resume: runs/new holds no complete checkpoint",
+        "resume: runs/new holds no checkpoint",
         "model.num_kv_heads: ",
     )
     assert listing(folder) == before
