@@ -430,6 +430,14 @@ class RunConfig(Strict):
                     f"choose at most {self.max_steps - 1}",
                 )
             )
+        if self.faults.spike_factor and not (self.checkpoint.every or self.checkpoint.save_best):
+            found.append(
+                Problem(
+                    "faults.spike_factor",
+                    f"{self.faults.spike_factor} with checkpoint.every = 0: there is never a checkpoint to go back to",
+                    "set checkpoint.every",
+                )
+            )
         decay = self.wsd_decay_steps
         if self.optim.schedule == "wsd" and self.optim.warmup_steps + decay > self.max_steps:
             found.append(

@@ -230,9 +230,11 @@ def _parts_once(layer: MoELayer, x_TD: Tensor, grad_TD: Tensor) -> list[tuple[st
     x = leaf(x_TD)
     routing = timed("route", lambda: layer.route(x, None, None), lambda r: [r.weights_TK, r.logits_TE])
     plan = timed("plan", lambda: layer.plan(routing, len(x), None), lambda _: [])
+    routed = layer.route(x, None, None)
+    routed = routed._replace(logits_TE=leaf(routed.logits_TE), probs_TE=leaf(routed.probs_TE))
     timed(
         "statistics",
-        lambda: make_stats(layer.config, layer.route(x, None, None), plan.dropped, 1, None),
+        lambda: make_stats(layer.config, routed, plan.dropped, 1, None),
         lambda s: [s.aux_loss, s.z_loss],
     )
     x, plan = leaf(x_TD), plan._replace(weight_N=leaf(plan.weight_N))

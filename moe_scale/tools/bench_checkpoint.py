@@ -21,11 +21,13 @@ from rich.table import Table
 
 from moe_scale.checkpoint import folder as folders
 from moe_scale.checkpoint.index import read_index
+from moe_scale.errors import ConfigError, Problem
 from moe_scale.parallel import launch as launches
 from moe_scale.parallel import zero
+from moe_scale.parallel.device import accelerator
 from moe_scale.settings import to_dict
 from moe_scale.telemetry.provenance import package_versions, source_state
-from moe_scale.tools.compare import load_recipe
+from moe_scale.tools.compare import load_recipe, positive
 from moe_scale.train import checkpoint
 from moe_scale.train.engine import build_engine
 from moe_scale.train.recipe import Job, prepare_job
@@ -37,15 +39,20 @@ Row = dict[str, Any]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The tool's own flags; whatever else is given goes to the recipe."""
     parser.add_argument("recipe", help="file of the recipe, as recipes/lm_16l.py")
-    parser.add_argument("--rounds", type=int, default=3, help="checkpoints that are written and read [%(default)s]")
-    parser.add_argument("--steps", type=int, default=5, help="training steps that are timed [%(default)s]")
+    parser.add_argument(
+        "--rounds", type=positive, default=3, help="checkpoints that are written and read [%(default)s]"
+    )
+    parser.add_argument("--steps", type=positive, default=5, help="training steps that are timed [%(default)s]")
     parser.add_argument("--output_dir", default="runs/bench-checkpoint", help="on the disk in question [%(default)s]")
 
 
 def run(arguments: argparse.Namespace, recipe_argv: list[str]) -> Row:
     """Time everything, print a table, and write ``bench_checkpoint.json``. Runs under any launcher."""
     recipe = load_recipe(Path(arguments.recipe))
-    job = prepare_job(recipe, [*recipe_argv, "--output_dir", arguments.output_dir])
+    folder = Path(arguments.output_dir)
+    if folders.checkpoints_of(folder).exists():
+        raise ConfigError(Problem("--output_dir", f"{folder} holds checkpoints already", "name a new folder"))
+    job = prepare_job(recipe, [*recipe_argv, "--output_dir", str(folder), "--resume", "never"])
     launches.export(job.launch)
     zero.init_distributed()
     groups = zero.make_groups(job.config.moe.ep_size if job.config.moe.enabled else 1)
@@ -71,6 +78,7 @@ def _measure(job: Job, engine: Any, *, steps: int, rounds: int) -> Row:
     size = 0
     for number in range(1, rounds + 1):
         moment = checkpoint.Moment(number, 0, {})
+        accelerator().synchronize()  # what is still queued of the step before is not the save's
         saver.save(engine, moment, job.task.batches().state_dict())
         stalls.append(saver.stall_s)
         if job.config.checkpoint.background:
@@ -149,8 +157,10 @@ def _forget(paths: Any) -> None:
 
 
 def _seconds(work: Callable[..., Any], *arguments: Any) -> float:
+    accelerator().synchronize()
     start = time.perf_counter()
     work(*arguments)
+    accelerator().synchronize()
     return time.perf_counter() - start
 
 

@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=DEFAULT_CHOICES,
         help="what to compare [%(default)s]: " + "; ".join(f"{name} = {text}" for name, text in CHOICES.items()),
     )
-    parser.add_argument("--rounds", type=_positive, default=10, help="counted rounds of timing a layer [%(default)s]")
+    parser.add_argument("--rounds", type=positive, default=10, help="counted rounds of timing a layer [%(default)s]")
     parser.add_argument("--output_dir", default="runs/compare", help="folder of the comparison [%(default)s]")
 
 
@@ -162,7 +162,7 @@ def _compare_layers(variants: list[str], job: Job, rounds: int) -> dict[str, Row
     return rows
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text}: choose 1 or more")

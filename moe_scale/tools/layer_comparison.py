@@ -89,6 +89,9 @@ def compare_layers(
     x_BSD.requires_grad_()
     layers = {name: build().to(device, dtype) for name, build in builders.items()}
     samples = sample_layers(layers, x_BSD, grad_BSD, rounds=rounds, warmup=2)
+    for layer in layers.values():  # or what they free of it would count as room that they had
+        layer.zero_grad(set_to_none=True)
+    x_BSD.grad = None
     rows: dict[str, Row] = {
         name: {
             "layer_forward_ms": 1e3 * statistics.median(samples["forward"][name]),

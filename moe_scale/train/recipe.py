@@ -205,7 +205,10 @@ def _resume(job: Job) -> tuple[Path | None, list[Problem], tuple[str, ...]]:
             instead = "continue it with --resume auto, or choose another --output_dir"
             return None, [here("output_dir", f"{run_dir} already holds a run", instead)], ()
         return None, [], ()
-    intact, damaged = checkpoint.candidates(run_dir)
+    try:
+        intact, damaged = checkpoint.candidates(run_dir)
+    except ConfigError as error:
+        return None, error.problems, ()
     if damaged and (config.resume == "must" or not intact):
         return None, [problem for error in damaged for problem in error.problems], ()
     if not intact:
