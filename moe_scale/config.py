@@ -405,7 +405,8 @@ class RunConfig(Strict):
     output_dir: NonEmptyText = setting("runs/{recipe}", "folder of the run; {recipe} stands for the recipe's name")
     resume: Literal["never", "auto", "must"] = setting(
         "never",
-        "auto continues from the newest intact checkpoint in output_dir if there is one; must refuses to start without",
+        "auto continues from the newest intact checkpoint in output_dir, or begins where there is none; must takes the "
+        "newest one and nothing else",
     )
     max_time: Duration = setting(
         "", "save and stop before so much time has passed, as Slurm writes it: 90 (minutes), 1:30:00 or 2-12:00:00"

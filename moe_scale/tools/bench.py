@@ -22,13 +22,14 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from moe_scale.config import MoEConfig
-from moe_scale.errors import raise_if
+from moe_scale.errors import Problem, raise_if
 from moe_scale.initialization import Init
 from moe_scale.moe.backends.support import unsupported
 from moe_scale.moe.layer import MoELayer, make_stats
 from moe_scale.parallel import device as devices
 from moe_scale.parallel.groups import ParallelGroups
 from moe_scale.telemetry.provenance import package_versions, source_state
+from moe_scale.tools.arguments import not_negative, positive
 from moe_scale.tools.peers import PEERS, build_peer, peak_extra_bytes
 from moe_scale.tools.verdict import Finding, judge, median_ratio
 
@@ -41,18 +42,18 @@ Key = TypeVar("Key")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The tool's flags."""
-    parser.add_argument("--tokens", type=int, default=2048, help="tokens T [%(default)s]")
-    parser.add_argument("--d_model", type=int, default=1024, help="model width D [%(default)s]")
-    parser.add_argument("--intermediate_size", type=int, default=512, help="expert width F [%(default)s]")
-    parser.add_argument("--num_experts", type=int, nargs="+", default=[64], help="experts E, one or several [64]")
-    parser.add_argument("--top_k", type=int, default=2, help="experts per token K [%(default)s]")
+    parser.add_argument("--tokens", type=positive, default=2048, help="tokens T [%(default)s]")
+    parser.add_argument("--d_model", type=positive, default=1024, help="model width D [%(default)s]")
+    parser.add_argument("--intermediate_size", type=positive, default=512, help="expert width F [%(default)s]")
+    parser.add_argument("--num_experts", type=positive, nargs="+", default=[64], help="experts E, one or several [64]")
+    parser.add_argument("--top_k", type=positive, default=2, help="experts per token K [%(default)s]")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="precision [%(default)s]")
     parser.add_argument(
         "--peers", nargs="+", choices=PEERS, default=DEFAULT_PEERS, help=f"what to time: {_list_peers()}"
     )
-    parser.add_argument("--rounds", type=int, default=15, help="counted rounds; the median is taken [%(default)s]")
-    parser.add_argument("--warmup", type=int, default=3, help="rounds that are not counted [%(default)s]")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice [%(default)s]")
+    parser.add_argument("--rounds", type=positive, default=15, help="counted rounds; the median is taken [%(default)s]")
+    parser.add_argument("--warmup", type=not_negative, default=3, help="rounds that are not counted [%(default)s]")
+    parser.add_argument("--threads", type=not_negative, default=0, help="CPU threads; 0: torch's choice [%(default)s]")
     parser.add_argument("--output_dir", default="", help="also write bench.json and bench.md there")
     parser.add_argument(
         "--profile", action="store_true", help="with output_dir: also the operators of each layer by time"
@@ -65,6 +66,7 @@ def run(arguments: argparse.Namespace) -> dict[str, list[Row]]:
     Returns:
         ``rows``, one a layer or part, shape and direction; and ``verdict``, one a target.
     """
+    _check(arguments)
     device = devices.current()
     if device.type == "cpu":
         devices.keep_freed_memory()
@@ -83,6 +85,19 @@ def run(arguments: argparse.Namespace) -> dict[str, list[Row]]:
         (folder / "bench.md").write_text("".join("| " + " | ".join(line) + " |\n" for line in lines))
         print(f"wrote bench.json and bench.md to {folder}")
     return results
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    problems = [
+        Problem("--top_k", f"{arguments.top_k} of {size} experts", f"choose 1 to {size}")
+        for size in arguments.num_experts
+        if arguments.top_k > size
+    ]
+    if arguments.profile and not arguments.output_dir:
+        problems.append(Problem("--profile", "without --output_dir", "name a folder for the profiles"))
+    if arguments.output_dir and (Path(arguments.output_dir) / "bench.json").exists():
+        problems.append(Problem("--output_dir", f"{arguments.output_dir} holds a bench already", "name a new folder"))
+    raise_if(problems)
 
 
 def bench(arguments: argparse.Namespace, device: torch.device) -> tuple[list[Row], list[Finding]]:

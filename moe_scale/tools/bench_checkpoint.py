@@ -27,7 +27,8 @@ from moe_scale.parallel import zero
 from moe_scale.parallel.device import accelerator
 from moe_scale.settings import to_dict
 from moe_scale.telemetry.provenance import package_versions, source_state
-from moe_scale.tools.compare import load_recipe, positive
+from moe_scale.tools.arguments import positive
+from moe_scale.tools.compare import load_recipe
 from moe_scale.train import checkpoint
 from moe_scale.train.engine import build_engine
 from moe_scale.train.recipe import Job, prepare_job

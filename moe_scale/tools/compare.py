@@ -27,6 +27,7 @@ from moe_scale.parallel import device as devices
 from moe_scale.parallel import launch as launches
 from moe_scale.parallel import zero
 from moe_scale.telemetry.provenance import package_versions, source_state
+from moe_scale.tools.arguments import positive
 from moe_scale.tools.compare_plot import plot
 from moe_scale.tools.layer_comparison import HUGGING_FACE, LayerShape, compare_layers, hugging_face_problems
 from moe_scale.train.loop import train
@@ -160,13 +161,6 @@ def _compare_layers(variants: list[str], job: Job, rounds: int) -> dict[str, Row
             row |= {"layer_shape": str(shape), "layer_rounds": rounds}
     dist.barrier()
     return rows
-
-
-def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text}: choose 1 or more")
-    return number
 
 
 @contextlib.contextmanager

@@ -15,17 +15,18 @@ from pathlib import Path
 from rich.progress import track
 
 from moe_scale.checkpoint import folder as folders
-from moe_scale.checkpoint.index import WEIGHT, read_index, verify
+from moe_scale.checkpoint.index import WEIGHT, Index, read_index, verify
 from moe_scale.checkpoint.reader import Reader
 from moe_scale.checkpoint.writer import Piece, join, write_part
 from moe_scale.errors import ConfigError, Problem
+from moe_scale.tools.arguments import positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The tool's flags."""
     parser.add_argument("source", help="a checkpoint, or a run, which means its newest one")
     parser.add_argument("target", help="folder that becomes the new checkpoint; it must not exist")
-    parser.add_argument("--files", type=int, default=1, help="files of weights, each held in memory once [%(default)s]")
+    parser.add_argument("--files", type=positive, default=1, help="files of weights, at most [%(default)s]")
     parser.add_argument("--weights_only", action="store_true", help="leave the optimizer's moments out")
 
 
@@ -36,8 +37,6 @@ def run(arguments: argparse.Namespace) -> Path:
         ConfigError: if the source is damaged or the target is there already; nothing is written then.
     """
     target = Path(arguments.target).expanduser()
-    if arguments.files < 1:
-        raise ConfigError(Problem("--files", f"{arguments.files}", "choose at least 1"))
     if target.exists():
         raise ConfigError(Problem("target", f"{target} exists", "name a new folder"))
     source = folders.find_checkpoint(Path(arguments.source).expanduser())
@@ -59,15 +58,16 @@ def run(arguments: argparse.Namespace) -> Path:
 def _write(partial: Path, reader: Reader, files: int, *, weights_only: bool) -> int:
     """Write everything into the folder, and check it. Returns the bytes of all tensors."""
     index = reader.index
+    shares = _shares(index, files)
     parts = [
         write_part(
             partial,
-            _pieces(reader, part, files, weights_only=weights_only),
+            _pieces(reader, names, weights_only=weights_only),
             None,
-            rank=part,
-            world_size=files,
+            rank=number,
+            world_size=len(shares),
         )
-        for part in track(range(files), description="writing")
+        for number, names in track(list(enumerate(shares)), description="writing")
     ]
     tensors, sizes, _ = join(parts, partial)
     for name in index.ranks:  # still those of the ranks that saved them
@@ -78,15 +78,20 @@ def _write(partial: Path, reader: Reader, files: int, *, weights_only: bool) -> 
     return sum(sizes.values())
 
 
-def _pieces(reader: Reader, part: int, parts: int, *, weights_only: bool) -> Iterator[Piece]:
-    """The ``part``-th of ``parts`` equal shares of the tensors' elements, cut at tensors where that is even enough."""
-    index = reader.index
-    share = sum(tensor.numel for tensor in index.tensors.values()) / parts
+def _shares(index: Index, files: int) -> list[list[str]]:
+    """Names of the tensors of each file: about equally many elements, and no file without a tensor."""
+    share = sum(tensor.numel for tensor in index.tensors.values()) / files
+    names: list[list[str]] = [[] for _ in range(files)]
     passed = 0
     for name, tensor in index.tensors.items():
-        # A tensor belongs to the part that its middle falls into.
-        if int((passed + tensor.numel / 2) // share) == part:
-            for state in tensor.states:
-                if state == WEIGHT or not weights_only:
-                    yield Piece(name, tensor.shape, state, 0, reader.read(name, state, 0, tensor.numel))
+        names[int((passed + tensor.numel / 2) // share)].append(name)  # where the tensor's middle falls into
         passed += tensor.numel
+    return [some for some in names if some]
+
+
+def _pieces(reader: Reader, names: list[str], *, weights_only: bool) -> Iterator[Piece]:
+    for name in names:
+        tensor = reader.index.tensors[name]
+        for state in tensor.states:
+            if state == WEIGHT or not weights_only:
+                yield Piece(name, tensor.shape, state, 0, reader.read(name, state, 0, tensor.numel))

@@ -31,7 +31,8 @@ from moe_scale.train import snapshot
 
 log = logging.getLogger(__name__)
 
-MODEL_SETTINGS_THAT_MAY_CHANGE = {
+SETTINGS_THAT_MAY_CHANGE = {
+    "data": ("num_workers", "cache_dir", "shuffle_buffer"),
     "model": ("activation_checkpointing", "loss_chunk_tokens"),
     "moe": (
         "backend",
@@ -53,7 +54,7 @@ MODEL_SETTINGS_THAT_MAY_CHANGE = {
         "z_loss_weight",
     ),
 }
-"""Settings that change how a model is computed or trained, and not what its weights are."""
+"""Settings that change how a model is computed or trained, and neither what its weights are nor the data's order."""
 
 
 @dataclass(frozen=True)
@@ -276,9 +277,9 @@ def newest_intact(run_dir: Path) -> tuple[Path, Index] | None:
 
 
 def structure_problems(path: Path, index: Index, settings: Mapping[str, Any]) -> list[Problem]:
-    """Settings of the model that are not those that the checkpoint's weights were trained with."""
+    """Settings of the model and the data that are not those that the checkpoint was trained with."""
     found = []
-    for section, may_change in MODEL_SETTINGS_THAT_MAY_CHANGE.items():
+    for section, may_change in SETTINGS_THAT_MAY_CHANGE.items():
         saved, mine = index.settings.get(section, {}), settings.get(section, {})
         for name, value in mine.items():
             if name not in may_change and name in saved and saved[name] != value:

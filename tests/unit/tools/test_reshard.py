@@ -54,7 +54,7 @@ def test_refusals(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     (tmp_path / "there").mkdir()
     assert "exists; name a new folder" in refused(capsys, str(saved), str(tmp_path / "there"))
     assert "holds no checkpoint" in refused(capsys, str(tmp_path), str(tmp_path / "new"))
-    assert "choose at least 1" in refused(capsys, str(saved), str(tmp_path / "new"), "--files", "0")
+    assert "choose 1 or more" in refused(capsys, str(saved), str(tmp_path / "new"), "--files", "0")
     (tmp_path / "file").touch()
     assert "cannot be written" in refused(capsys, str(saved), str(tmp_path / "file" / "new"))
     assert {path.name for path in tmp_path.iterdir()} == {"there", "file"}
