@@ -368,7 +368,9 @@ class FaultConfig(Strict):
     )
     collapse_steps: PositiveInt = setting(100, "... for so many steps")
     hang_minutes: PositiveFloat = setting(
-        30.0, "end the run when a rank has made no progress for so long, naming each rank's last step and phase"
+        20.0,
+        "end the run when a rank has made no progress for so long, naming each rank's last step and phase; beyond 30, "
+        "collectives give up first and name nobody",
     )
 
     def problems(self, where: str) -> list[Problem]:
