@@ -4,30 +4,40 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
 from moe_scale.telemetry.quiet import quiet
+
+TAKE_A_RECIPE = ("compare", "bench-checkpoint")
+"""Tools that hand what they do not know to the recipe that they are given."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the tool that the command line names."""
     quiet()
-    from moe_scale.tools import bench, compare
+    from moe_scale.tools import bench, bench_checkpoint, compare, reshard
     from moe_scale.train.recipe import exit_codes
 
+    modules: dict[str, Any] = {
+        "bench": bench,
+        "bench-checkpoint": bench_checkpoint,
+        "compare": compare,
+        "reshard": reshard,
+    }
     parser = argparse.ArgumentParser(prog="moe-scale", description="Tools around training mixture-of-experts models.")
     tools = parser.add_subparsers(dest="tool", required=True, metavar="TOOL")
-    for name, module in {"bench": bench, "compare": compare}.items():
+    for name, module in modules.items():
         summary = (module.__doc__ or "").strip().splitlines()[0].partition(": ")[2]
         tool = tools.add_parser(name, help=summary, description=summary, allow_abbrev=False)
         module.add_arguments(tool)
     arguments, rest = parser.parse_known_args(argv)
     with exit_codes():
-        if arguments.tool == "compare":
-            compare.run(arguments, rest)
+        if arguments.tool in TAKE_A_RECIPE:
+            modules[arguments.tool].run(arguments, rest)
         elif rest:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         else:
-            bench.run(arguments)
+            modules[arguments.tool].run(arguments)
 
 
 if __name__ == "__main__":

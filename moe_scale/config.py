@@ -87,6 +87,16 @@ class MoEConfig(Strict):
         "custom",
         "who computes the layer: custom (this project), deepspeed (deepspeed.moe) or autoep (DeepSpeed's AutoEP)",
     )
+    conventions: Literal["moe_scale", "deepspeed"] = setting(
+        "moe_scale",
+        "whose rules hold where the two differ; deepspeed: capacity, drops, rescaling after drops and the balancing "
+        "loss are those of deepspeed.moe, in the backends custom and deepspeed",
+    )
+    kernels: Literal["auto", "torch", "triton"] = setting(
+        "auto",
+        "backend custom: the experts by torch's grouped matrix product, or by Triton kernels that gather and combine "
+        "too, on a GPU; auto is torch",
+    )
     num_experts: PositiveInt = setting(64, "experts per layer (E)")
     top_k: PositiveInt = setting(2, "experts that each token is sent to (K)")
     intermediate_size: PositiveInt = setting(512, "hidden width of one expert (F)")
@@ -173,6 +183,8 @@ class MoEConfig(Strict):
             found.append(
                 Problem(f"{where}.renormalize", f"false with {where}.router = {self.router}", "it has no effect there")
             )
+        if self.conventions == "deepspeed":
+            found += self._deepspeed_problems(where)
         if self.router == "expert_choice" and self.dispatch != "capacity":
             found.append(
                 Problem(
@@ -182,6 +194,29 @@ class MoEConfig(Strict):
                 )
             )
         return found
+
+    def _deepspeed_problems(self, where: str) -> list[Problem]:
+        """Settings that ``deepspeed.moe`` has no choice of."""
+        its_own = {
+            "router": "softmax",
+            "aux_loss_scope": "micro_batch",
+            **({"renormalize": True} if self.top_k > 1 else {}),
+            **({"drop_policy": self.deepspeed_drop_policy} if self.dispatch == "capacity" else {}),
+        }
+        return [
+            Problem(
+                f"{where}.{name}",
+                f"{show(getattr(self, name))} with {where}.conventions = deepspeed and top_k = {self.top_k}",
+                f"deepspeed.moe has {where}.{name} {show(value)} alone; or use {where}.conventions moe_scale",
+            )
+            for name, value in its_own.items()
+            if getattr(self, name) != value
+        ]
+
+    @property
+    def deepspeed_drop_policy(self) -> Literal["position", "probability"]:
+        """How ``deepspeed.moe`` chooses whom it drops."""
+        return "position" if self.top_k <= 2 else "probability"
 
 
 @dataclass(frozen=True)
@@ -372,7 +407,8 @@ class RunConfig(Strict):
     output_dir: NonEmptyText = setting("runs/{recipe}", "folder of the run; {recipe} stands for the recipe's name")
     resume: Literal["never", "auto", "must"] = setting(
         "never",
-        "auto continues from the newest intact checkpoint in output_dir if there is one; must refuses to start without",
+        "auto continues from the newest intact checkpoint in output_dir, or begins where there is none; must takes the "
+        "newest one and nothing else",
     )
     max_time: Duration = setting(
         "", "save and stop before so much time has passed, as Slurm writes it: 90 (minutes), 1:30:00 or 2-12:00:00"
@@ -395,6 +431,14 @@ class RunConfig(Strict):
                     "optim.warmup_steps",
                     f"{self.optim.warmup_steps} leaves no step of max_steps = {self.max_steps}",
                     f"choose at most {self.max_steps - 1}",
+                )
+            )
+        if self.faults.spike_factor and not (self.checkpoint.every or self.checkpoint.save_best):
+            found.append(
+                Problem(
+                    "faults.spike_factor",
+                    f"{self.faults.spike_factor} with checkpoint.every = 0: there is never a checkpoint to go back to",
+                    "set checkpoint.every",
                 )
             )
         decay = self.wsd_decay_steps
@@ -444,6 +488,11 @@ class LMConfig(RunConfig):
                 "loss is then too good, and text generated token by token is routed differently"
             )
         return found
+
+
+def show(value: object) -> str:
+    """A setting's value as it is written on the command line."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def divisors(n: int) -> list[int]:

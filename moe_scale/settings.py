@@ -313,7 +313,10 @@ def _validate(config_class: type[C], defaults: Nested, nested: Nested) -> tuple[
             path = next((p for p in (".".join(loc), ".".join(loc[:-1])) if p in paths), None)  # the second: of a list
             if path is None:
                 raise  # not a user's value but a recipe's own: _known_settings lets no other name through
-            allowed = _ALLOWED.get(item["type"]) or item["msg"].removeprefix("Input ").split(", unable to")[0]
+            allowed = (
+                _ALLOWED.get(item["type"])
+                or item["msg"].removeprefix("Input ").removeprefix("Value error, ").split(", unable to")[0]
+            )
             problems.append(Problem(path, _quote(item["input"]), allowed))
             _set(nested, path, _lookup(defaults, path, _REMOVE))
         return adapter.validate_python(nested), list(dict.fromkeys(problems))

@@ -6,6 +6,7 @@ python recipes/lm_16l.py --help
 """
 
 from moe_scale.config import LMConfig
+from moe_scale.parallel.device import has_fast_bf16_cpu
 from moe_scale.train.language_model import LanguageModelTask
 from moe_scale.train.recipe import Recipe, main
 
@@ -24,7 +25,7 @@ RECIPE = Recipe(
     scales={
         # Everything the large model has, in a size that two CPU cores train in minutes.
         "cpu": {
-            "deepspeed_config": "ds_configs/zero3_cpu.json",
+            "deepspeed_config": f"ds_configs/zero3_cpu{'' if has_fast_bf16_cpu() else '_fp32'}.json",
             "max_steps": 300,
             "model": {"num_layers": 4, "d_model": 256, "num_heads": 8, "num_kv_heads": 4, "loss_chunk_tokens": 2048},
             "moe": {"num_experts": 16, "intermediate_size": 128},

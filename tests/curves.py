@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 from tests.ranks import REPO, run_ranks
@@ -65,6 +66,29 @@ class Runs:
         lines = (self.folder / name / "metrics.jsonl").read_text().splitlines(keepends=True)
         records = [json.loads(line) for line in lines if line.endswith("\n")]  # a killed run may leave half a line
         return [(r["loss"], r["grad_norm"]) for r in records if "loss" in r]
+
+
+class CharacterRuns(Runs):
+    """The same with the characters of a made-up text as vocabulary: half of a run's time would go into GPT-2's."""
+
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        (folder / "tokenizer").mkdir()
+        characters = [chr(code) for code in range(33, 127)] + ["\u0120", "\u010a"]  # a blank, a line end, byte-level
+        vocab = {character: index for index, character in enumerate(characters)}
+        (folder / "tokenizer" / "vocab.json").write_text(json.dumps(vocab))
+        (folder / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
+        draw = random.Random(0)
+        words = ["".join(draw.choices("etaoinshrdlu", k=draw.randint(2, 6))) for _ in range(50)]
+        documents = [json.dumps({"text": " ".join(draw.choices(words, k=60))}) + "\n" for _ in range(300)]
+        (folder / "text.jsonl").write_text("".join(documents))
+
+    def argv(
+        self, name: str, world_size: int, *, stage: int, ds: tuple[str, ...] = (), extra: tuple[str, ...] = ()
+    ) -> list[str]:
+        text = ("--data.source", str(self.folder / "text.jsonl"), "--data.tokenizer", str(self.folder / "tokenizer"))
+        extra = ("--model.vocab_size", "128", *text, *extra)
+        return super().argv(name, world_size, stage=stage, ds=ds, extra=extra)
 
 
 def assert_same(curves: dict[str, Curve], expected: Curve, loss: float = 1e-5, grad_norm: float = 1e-4) -> None:

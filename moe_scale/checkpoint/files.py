@@ -6,6 +6,7 @@ memory; here one tensor at a time is written, hashed and let go. Files are read 
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -41,6 +42,18 @@ class DamagedCheckpointError(ConfigError):
         return ConfigError, (self.problems,)
 
 
+class UnreadableCheckpointError(ConfigError):
+    """A checkpoint cannot be used here and now, and may be intact all the same: it must not be passed over."""
+
+
+def cannot_read(path: Path, error: OSError) -> ConfigError:
+    """What a failure to read means: a file that is not there is damage, anything else may pass."""
+    if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
+        return DamagedCheckpointError(path, f"cannot be read: {error.strerror}")
+    what = f"cannot be read: {error.strerror}"
+    return UnreadableCheckpointError(Problem(str(path), what, "mend that, or move the folder away", True))
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> str:
     """Write JSON with its own checksum, and wait until it is on the disk. Returns the checksum."""
     checksum = _json_checksum(content)
@@ -64,7 +77,7 @@ def read_json(path: Path, checksum: str | None = None) -> dict[str, Any]:
         content, own = stored["content"], stored["checksum"]
         whole = isinstance(content, dict) and own == _json_checksum(content) and checksum in (None, own)
     except OSError as error:
-        raise DamagedCheckpointError(path, f"cannot be read: {error.strerror}") from None
+        raise cannot_read(path, error) from None
     except (ValueError, KeyError, TypeError, RecursionError):
         whole = False
     if not whole:
@@ -123,7 +136,7 @@ class TensorFile:
                     raise ValueError
                 self.entries = dict(_entries(json.loads(file.read(length)), 8 + length, size))
         except OSError as error:
-            raise DamagedCheckpointError(path, f"cannot be read: {error.strerror}") from None
+            raise cannot_read(path, error) from None
         except (ValueError, KeyError, TypeError, RecursionError):
             raise DamagedCheckpointError(path, "damaged: it has no valid header") from None
 
@@ -145,7 +158,7 @@ class TensorFile:
                         raise DamagedCheckpointError(self.path, f"ends before the end of {name}")
                     target = target[got:]
         except OSError as error:
-            raise DamagedCheckpointError(self.path, f"cannot be read: {error.strerror}") from None
+            raise cannot_read(self.path, error) from None
         return values
 
     def check(self, name: str, checksum: str) -> None:

@@ -112,6 +112,7 @@ def prune(run_dir: Path, *, keep_last: int, keep_every: int, keep: Collection[st
             continue
         # Renamed first: a deletion that is cut off must not leave half a checkpoint with a name.
         doomed = folder.with_name(f".{folder.name}.deleted")
+        shutil.rmtree(doomed, ignore_errors=True)
         folder.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
         deleted.append(folder)

@@ -8,7 +8,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moe_scale.checkpoint.files import DamagedCheckpointError, TensorFile, read_json, write_json
+from moe_scale.checkpoint.files import (
+    DamagedCheckpointError,
+    TensorFile,
+    UnreadableCheckpointError,
+    cannot_read,
+    read_json,
+    write_json,
+)
+from moe_scale.errors import Problem
 
 FORMAT = 2
 """Of this release. Format 1 were DeepSpeed's own files."""
@@ -90,12 +98,14 @@ def read_index(folder: Path) -> Index:
 
     Raises:
         DamagedCheckpointError: with what is wrong, and where.
+        UnreadableCheckpointError: if it may be intact, but not for this release or at this moment.
     """
     path = folder / INDEX
     content = read_json(path)
     written_by = content.pop("format", None)
     if isinstance(written_by, int) and written_by > FORMAT:
-        raise DamagedCheckpointError(path, f"format {written_by}, newer than {FORMAT}", "install a newer moe_scale")
+        what = f"format {written_by}, newer than {FORMAT}"
+        raise UnreadableCheckpointError(Problem(str(path), what, "install a newer moe_scale"))
     try:
         tensors = {name: _stored(tensor) for name, tensor in content.pop("tensors").items()}
         index = Index(tensors=tensors, **content)
@@ -109,7 +119,7 @@ def read_index(folder: Path) -> Index:
         try:
             found = (folder / name).stat().st_size
         except OSError as error:
-            raise DamagedCheckpointError(folder / name, f"cannot be read: {error.strerror}") from None
+            raise cannot_read(folder / name, error) from None
         if found != size:
             raise DamagedCheckpointError(folder / name, f"damaged: {found:,} bytes of {size:,}")
     for name in index.ranks:

@@ -41,11 +41,10 @@ class Reader:
             first, last = max(start, fragment.start), min(start + length, fragment.start + fragment.length)
             if first >= last:
                 continue
-            file, key = self._open(fragment.file), key_of(name, state, fragment, tensor.numel)
+            at, count = first - fragment.start, last - first
+            values = self._open(fragment.file).read(key_of(name, state, fragment, tensor.numel), at, count)
             if fragment.scales_checksum:
-                values = self._decoded(name, state, fragment)[first - fragment.start : last - fragment.start]
-            else:
-                values = file.read(key, first - fragment.start, last - first)
+                values = self._decoded(name, state, fragment, values, at)
             parts.append(values)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -65,12 +64,14 @@ class Reader:
         tensor = self.index.tensors[name]
         return self.read(name, WEIGHT, 0, tensor.numel).view(tensor.shape)
 
-    def _decoded(self, name: str, state: str, fragment: Fragment) -> Tensor:
-        stored = self.codes(name, state, fragment.start, fragment.length)
-        assert stored is not None
+    def _decoded(self, name: str, state: str, fragment: Fragment, codes: Tensor, at: int) -> Tensor:
+        """What the codes of a fragment stand for, the first of which is its element ``at``."""
+        first, last = (fragment.in_block + at) // BLOCK, (fragment.in_block + at + len(codes) - 1) // BLOCK
+        key = key_of(name, state, fragment, self.index.tensors[name].numel, scales=True)
+        scales = self._open(fragment.file).read(key, first, last - first + 1)
         table = torch.tensor(self.index.optimizer["tables"][state], dtype=torch.float32)
-        blocks = (torch.arange(fragment.length) + stored.in_block) // BLOCK
-        return table[stored.codes.long()] * stored.scales[blocks]
+        blocks = (torch.arange(len(codes)) + (fragment.in_block + at) % BLOCK) // BLOCK
+        return table[codes.long()] * scales[blocks]
 
 
 def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32) -> nn.Module:

@@ -35,7 +35,7 @@ class Piece(NamedTuple):
 
 @dataclass
 class Part:
-    """What one rank wrote: its fragments, and its files with their sizes in bytes."""
+    """What one rank wrote: its fragments, its files with their sizes in bytes, and the file of its own state."""
 
     tensors: dict[str, StoredTensor] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
@@ -43,8 +43,13 @@ class Part:
     rank_checksum: str = ""
 
 
-def write_part(folder: Path, pieces: Iterable[Piece], own: Mapping[str, Any], *, rank: int, world_size: int) -> Part:
+def write_part(
+    folder: Path, pieces: Iterable[Piece], own: Mapping[str, Any] | None, *, rank: int, world_size: int
+) -> Part:
     """Write this rank's tensors and its own state, read them back, and say what is where.
+
+    Args:
+        own: what the rank alone has to save; None for no such file.
 
     Raises:
         OSError: when the disk is full, say.
@@ -76,8 +81,9 @@ def write_part(folder: Path, pieces: Iterable[Piece], own: Mapping[str, Any], *,
         )
         stored = part.tensors.setdefault(piece.tensor, StoredTensor(piece.shape, {}))
         stored.states.setdefault(piece.state, []).append(fragment)
-    part.rank_file = f"rank-{suffix}.json"
-    part.rank_checksum = write_json(folder / part.rank_file, own)
+    if own is not None:
+        part.rank_file = f"rank-{suffix}.json"
+        part.rank_checksum = write_json(folder / part.rank_file, own)
     _read_back(folder, part)
     return part
 
@@ -93,7 +99,8 @@ def join(parts: Iterable[Part], folder: Path) -> tuple[dict[str, StoredTensor], 
     ranks: dict[str, str] = {}
     for part in parts:
         sizes |= part.sizes
-        ranks[part.rank_file] = part.rank_checksum
+        if part.rank_file:
+            ranks[part.rank_file] = part.rank_checksum
         for name, stored in part.tensors.items():
             joined = tensors.setdefault(name, StoredTensor(stored.shape, {}))
             for state, fragments in stored.states.items():
@@ -123,4 +130,5 @@ def _read_back(folder: Path, part: Part) -> None:
             for fragment in fragments:
                 for key, checksum in checksums_of(name, state, fragment, stored.numel):
                     files[fragment.file].check(key, checksum)
-    read_json(folder / part.rank_file, part.rank_checksum)
+    if part.rank_file:
+        read_json(folder / part.rank_file, part.rank_checksum)

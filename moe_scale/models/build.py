@@ -25,7 +25,7 @@ def build_model(kind: str, settings: Mapping[str, Any]) -> nn.Module:
     """
     try:
         moe = pydantic.TypeAdapter(MoEConfig).validate_python(settings["moe"])
-        moe = replace(moe, backend="custom", ep_size=1)
+        moe = replace(moe, backend="custom", kernels="auto", ep_size=1)
         if kind == "decoder":
             config = pydantic.TypeAdapter(DecoderConfig).validate_python(settings["model"])
             with torch.device("meta"):

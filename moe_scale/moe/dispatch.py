@@ -54,6 +54,7 @@ def plan_dispatch(
     rows_per_expert: int | None = None,
     drop_policy: DropPolicy = "position",
     valid_T: Tensor | None = None,
+    rescale_kept: bool = False,
 ) -> DispatchPlan:
     """Sort the routed rows by expert.
 
@@ -66,6 +67,7 @@ def plan_dispatch(
         drop_policy: who stays when an expert is given more than C rows. ``position``: first choices in token order,
             then second choices, and so on (GShard, arXiv 2006.16668, algorithm 1); ``probability``: the most probable.
         valid_T: False for padding, which is sent nowhere and takes no capacity.
+        rescale_kept: each token's weights are rescaled to sum to 1 over the choices that are kept.
     """
     nowhere = num_experts
     ids_N = ids_TK.flatten()
@@ -79,6 +81,9 @@ def plan_dispatch(
         over_N = (place_N >= rows_per_expert) & (ids_N != nowhere)
         dropped = over_N.sum()
         ids_N = torch.where(over_N, nowhere, ids_N)
+    if rescale_kept:
+        weights_TK = weights_TK * (ids_N != nowhere).view_as(ids_TK)
+        weights_TK = weights_TK / weights_TK.sum(dim=1, keepdim=True).clamp(min=torch.finfo(weights_TK.dtype).eps)
     order = ids_N.argsort(stable=True)
     counts_E = count_ids(ids_N, num_experts + 1)[:num_experts]
     # Reading a count back makes the host wait for the device, so it is done only when some pair can go nowhere.

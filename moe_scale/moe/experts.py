@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from moe_scale.config import MoEConfig
 from moe_scale.initialization import Init
+from moe_scale.moe.dispatch import DispatchPlan, combine_rows, gather_rows
+from moe_scale.moe.kernels.cpu_experts import activate, cpu_experts
+from moe_scale.moe.kernels.fused_experts import fused_experts
 from moe_scale.moe.kernels.grouped_linear import grouped_linear
 from moe_scale.parallel.groups import ParallelGroups
 from moe_scale.parallel.zero import mark_expert_parameters
@@ -20,14 +23,6 @@ from moe_scale.parallel.zero import mark_expert_parameters
 def expert_stds(d_model: int, hidden: int, depth_scale: float) -> tuple[float, float]:
     """Initial standard deviations of an expert's input and output matrices: fan-in, the output scaled by depth."""
     return d_model**-0.5, depth_scale * hidden**-0.5
-
-
-def activate(hidden_RI: Tensor, activation: str) -> Tensor:
-    """The nonlinearity between an expert's two maps. Returns [R, F]."""
-    if activation == "swiglu":
-        gate_RF, up_RF = hidden_RI.chunk(2, dim=-1)
-        return F.silu(gate_RF) * up_RF
-    return F.gelu(hidden_RI) if activation == "gelu" else F.relu(hidden_RI)
 
 
 class Experts(nn.Module):
@@ -45,6 +40,7 @@ class Experts(nn.Module):
     def __init__(self, config: MoEConfig, d_model: int, groups: ParallelGroups, init: Init, depth_scale: float = 1.0):
         super().__init__()
         self.activation, self.dropout = config.activation, config.expert_dropout
+        self.fused = config.kernels == "triton"
         hidden, local = config.intermediate_size, groups.local_experts(config.num_experts)
         inner = 2 * hidden if config.activation == "swiglu" else hidden
         self.gate_up = nn.Parameter(torch.empty(len(local), inner, d_model))
@@ -57,8 +53,27 @@ class Experts(nn.Module):
             (init / expert / "down").normal_(self.down.data[place], std_out)
         mark_expert_parameters(self.parameters(), groups)
 
-    def forward(self, x_RD: Tensor, counts_L: Tensor) -> Tensor:
-        """Outputs of rows sorted by local expert. Returns y_RD."""
+    def forward(self, x: Tensor, counts_L: Tensor, plan: DispatchPlan | None = None) -> Tensor:
+        """Run the experts, with a plan including the gather before and the combine after them.
+
+        Args:
+            x: the tokens x_TD with a plan; without one rows x_RD sorted by local expert, as an exchange leaves them.
+            counts_L: int64 rows of each local expert.
+
+        Returns:
+            y_TD, each token's weighted sum, with a plan; without one y_RD, the rows' outputs.
+        """
+        if self.fused:
+            return fused_experts(x, counts_L, plan, self.gate_up, self.down, self.activation)
+        plain = self.gate_up_bias is None and not (self.dropout and self.training)
+        if x.device.type == "cpu" and plain:
+            return cpu_experts(x, counts_L, plan, self.gate_up, self.down, self.activation)
+        if plan is None:
+            return self.run_rows(x, counts_L)
+        return combine_rows(self.run_rows(gather_rows(x, plan), counts_L), plan, len(x))
+
+    def run_rows(self, x_RD: Tensor, counts_L: Tensor) -> Tensor:
+        """Outputs of rows sorted by local expert, one product after the other. Returns y_RD."""
         hidden_RI = _with_bias(grouped_linear(x_RD, self.gate_up, counts_L), self.gate_up_bias, counts_L)
         hidden_RF = activate(hidden_RI, self.activation)
         if self.dropout:

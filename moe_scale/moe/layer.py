@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from moe_scale.config import MoEConfig
 from moe_scale.initialization import Init
 from moe_scale.moe import exchange, losses
+from moe_scale.moe.conventions import deepspeed_capacity, deepspeed_keeps, deepspeed_top_k
 from moe_scale.moe.dispatch import DispatchPlan, capacity, combine_rows, gather_rows, plan_dispatch, plan_expert_choice
 from moe_scale.moe.experts import Experts, SharedExpert
 from moe_scale.moe.placement import Placement, experts_of
@@ -131,15 +132,15 @@ class MoELayer(SparseLayer):
         valid_T = None if valid_BS is None else valid_BS.reshape(-1)
         routing = self.route(x_TD, valid_T, token_ids_BS)
         plan = self.plan(routing, len(x_TD), valid_T)
-        rows_ND = gather_rows(x_TD, plan)
-        if self.groups.ep_size == 1:
-            rows_ND = self.experts(rows_ND, plan.counts_E)
+        if self.groups.ep_size == 1:  # nothing to exchange: the experts gather and combine where they read and write
+            y_TD = self.experts(x_TD, plan.counts_E, plan)
             dense_BSD = self.run_dense(x_BSD)
         else:
             trip = exchange.plan_exchange(plan.counts_E, self.groups)
+            rows_ND = gather_rows(x_TD, plan)
             rows_RD, dense_BSD = exchange.to_experts(rows_ND, trip, self.groups, lambda: self.run_dense(x_BSD))
             rows_ND = exchange.from_experts(self.experts(rows_RD, trip.counts_L), trip, self.groups)
-        y_TD = combine_rows(rows_ND, plan, len(x_TD))
+            y_TD = combine_rows(rows_ND, plan, len(x_TD))
         return y_TD.view_as(x_BSD), make_stats(self.config, routing, plan.dropped, len(x_BSD), valid_T), dense_BSD
 
     def route(self, x_TD: Tensor, valid_T: Tensor | None, token_ids_BS: Tensor | None) -> Routing | ExpertChoice:
@@ -147,7 +148,8 @@ class MoELayer(SparseLayer):
         config = self.config
         if config.router == "hash":
             assert token_ids_BS is not None, "hash routing needs the token ids"
-            return hash_top_k(token_ids_BS.reshape(-1), config.num_experts, config.top_k)
+            wide = torch.promote_types(x_TD.dtype, torch.float32)
+            return hash_top_k(token_ids_BS.reshape(-1), config.num_experts, config.top_k, wide)
         if config.router_jitter and self.training:
             x_TD = jittered(x_TD, config.router_jitter)
         logits_TE = self.router(x_TD) / config.router_temperature
@@ -159,6 +161,8 @@ class MoELayer(SparseLayer):
             factor = config.capacity_factor if self.training else config.eval_capacity_factor
             tokens = capacity(len(x_TD), config.top_k, config.num_experts, factor, config.min_capacity)
             return expert_choice(logits_TE, tokens, valid_T)
+        if config.conventions == "deepspeed":
+            return deepspeed_top_k(logits_TE, config.top_k)
         return softmax_top_k(logits_TE, config.top_k, renormalize=config.renormalize)
 
     def plan(self, routing: Routing | ExpertChoice, num_tokens: int, valid_T: Tensor | None) -> DispatchPlan:
@@ -166,14 +170,20 @@ class MoELayer(SparseLayer):
         config = self.config
         if isinstance(routing, ExpertChoice):
             return plan_expert_choice(routing.tokens_EC, routing.weights_EC, config.top_k, num_tokens, valid_T)
+        as_deepspeed = config.conventions == "deepspeed"
+        rows = rows_per_expert(config, num_tokens, training=self.training)
+        priority_TK, drop_policy = routing.probs_TE.gather(1, routing.ids_TK), config.drop_policy
+        if as_deepspeed and rows is not None and config.top_k != 2:
+            priority_TK, drop_policy = deepspeed_keeps(routing, rows, valid_T).float(), "probability"
         return plan_dispatch(
             routing.ids_TK,
             routing.weights_TK,
             config.num_experts,
-            priority_TK=routing.probs_TE.gather(1, routing.ids_TK),
+            priority_TK=priority_TK,
             valid_T=valid_T,
-            rows_per_expert=rows_per_expert(config, num_tokens, training=self.training),
-            drop_policy=config.drop_policy,
+            rows_per_expert=rows,
+            drop_policy=drop_policy,
+            rescale_kept=as_deepspeed and config.top_k > 1,
         )
 
     def placements(self) -> dict[str, Placement]:
@@ -191,7 +201,8 @@ def rows_per_expert(config: MoEConfig, num_tokens: int, *, training: bool) -> in
     if config.dispatch == "dropless":
         return None
     factor = config.capacity_factor if training else config.eval_capacity_factor
-    return capacity(num_tokens, config.top_k, config.num_experts, factor, config.min_capacity)
+    rule = deepspeed_capacity if config.conventions == "deepspeed" else capacity
+    return rule(num_tokens, config.top_k, config.num_experts, factor, config.min_capacity)
 
 
 def make_stats(
@@ -214,6 +225,8 @@ def make_stats(
             aux_loss = losses.sequence_load_balance_loss(probs_TE, routing.ids_TK, batch, valid_T)
         else:
             load_E = sum_over_ranks(assignments_E) if config.aux_loss_scope == "global" else assignments_E
+            if config.conventions == "deepspeed" and config.top_k == 2:
+                load_E = losses.assignments_per_expert(routing.ids_TK[:, :1], config.num_experts, valid_T)
             aux_loss = losses.load_balance_loss(probs_TE, load_E, valid_T)
     with torch.no_grad():
         entropy = losses.routing_entropy(probs_TE, valid_T)

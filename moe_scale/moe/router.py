@@ -5,7 +5,7 @@ Shapes: T tokens, D model width, E experts, K experts per token, C tokens per ex
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -56,8 +56,29 @@ class Router(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """Scores of T tokens. Returns fp32 (or wider) logits_TE."""
-        wide = torch.promote_types(x_TD.dtype, torch.float32)
-        return F.linear(x_TD.to(wide), self.weight.to(wide))
+        return _WideLinear.apply(x_TD, self.weight)
+
+
+class _WideLinear(torch.autograd.Function):
+    """``F.linear`` in fp32 or wider that keeps its input as it came, which others keep too, and not a wider copy."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_OD: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight_OD)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return F.linear(x.to(wide), weight_OD.to(wide))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, weight_OD = ctx.saved_tensors
+        grad_TO = grads[0].flatten(0, -2)
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = grad_TO.t().mm(x.flatten(0, -2).to(grad_TO.dtype)).to(weight_OD.dtype)
+        if ctx.needs_input_grad[0]:
+            grad_x = grad_TO.mm(weight_OD.to(grad_TO.dtype)).view(x.shape).to(x.dtype)
+        return grad_x, grad_weight
 
 
 def softmax_top_k(logits_TE: Tensor, top_k: int, *, renormalize: bool) -> Routing:
@@ -105,15 +126,15 @@ def balanced_bias(bias_E: Tensor, load_E: Tensor, rate: float) -> Tensor:
     return bias_E + rate * torch.sign(load_E.mean(dim=-1, keepdim=True) - load_E).to(bias_E.dtype)
 
 
-def hash_top_k(token_ids_T: Tensor, num_experts: int, top_k: int) -> Routing:
+def hash_top_k(token_ids_T: Tensor, num_experts: int, top_k: int, dtype: torch.dtype = torch.float32) -> Routing:
     """A fixed hash of the token's id picks its experts (arXiv 2106.04426): nothing is learned, nothing can collapse.
 
-    K neighbours of a multiplicative hash, so that they differ; each has weight 1/K.
+    K neighbours of a multiplicative hash, so that they differ; each has weight 1/K, in ``dtype``.
     """
     first_T = (token_ids_T * 2654435761 % 2**32) * num_experts // 2**32  # Knuth's multiplier
     ids_TK = (first_T.unsqueeze(1) + torch.arange(top_k, device=token_ids_T.device)) % num_experts
-    weights_TK = torch.full(ids_TK.shape, 1.0 / top_k, device=ids_TK.device)
-    probs_TE = torch.zeros(len(ids_TK), num_experts, device=ids_TK.device).scatter_(1, ids_TK, weights_TK)
+    weights_TK = torch.full(ids_TK.shape, 1.0 / top_k, dtype=dtype, device=ids_TK.device)
+    probs_TE = torch.zeros(len(ids_TK), num_experts, dtype=dtype, device=ids_TK.device).scatter_(1, ids_TK, weights_TK)
     return Routing(torch.zeros_like(probs_TE), probs_TE, ids_TK, weights_TK)
 
 

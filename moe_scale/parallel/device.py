@@ -90,7 +90,7 @@ def rng_states() -> dict[str, str]:
     states = {"cpu": torch.get_rng_state()}
     found = accelerator()
     if found.device_name() != "cpu":
-        states["device"] = found.get_rng_state()
+        states[found.device_name()] = found.get_rng_state()
     return {name: base64.b64encode(state.cpu().numpy().tobytes()).decode() for name, state in states.items()}
 
 
@@ -100,7 +100,7 @@ def set_rng_states(states: Mapping[str, str]) -> None:
         state = torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
         if name == "cpu":
             torch.set_rng_state(state)
-        else:
+        elif name == accelerator().device_name():  # another kind of device has other states
             accelerator().set_rng_state(state)
 
 

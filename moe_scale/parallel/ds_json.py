@@ -250,8 +250,9 @@ def _offload_problems(zero: dict[str, Any], stage: int) -> list[Problem]:
         if stage not in stages:
             needed = " or ".join(map(str, stages))
             found.append(Problem(f"{where}.{name}", f"without effect at stage {stage}", f"needs stage {needed}"))
-        if section["device"] == "nvme" and not section.get("nvme_path"):
-            found.append(Problem(f"{where}.{name}.nvme_path", "not given", "a folder on the NVMe device"))
+        if section["device"] == "nvme":
+            what = "nvme: a checkpoint cannot be taken of what is swapped out to a file"
+            found.append(Problem(f"{where}.{name}.device", what, "use cpu"))
     return found
 
 

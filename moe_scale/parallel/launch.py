@@ -91,6 +91,8 @@ def export(launch: Launch) -> None:
         "WORLD_SIZE": launch.world_size,
         "LOCAL_RANK": launch.local_rank,
         "LOCAL_WORLD_SIZE": launch.local_world_size,
+        # On a CPU, DeepSpeed otherwise starts a process to count NUMA nodes, at every gradient reduction.
+        "LOCAL_SIZE": launch.local_world_size,
     }
     for name, value in defaults.items():
         os.environ.setdefault(name, str(value))

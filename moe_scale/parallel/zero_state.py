@@ -23,6 +23,14 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from moe_scale.errors import ConfigError, Problem
+
+WRAPPERS = ("DeepSpeedZeroOptimizer_Stage3", "DeepSpeedZeroOptimizer", "BF16_Optimizer", "FP16_UnfusedOptimizer")
+"""DeepSpeed's optimizers that this file knows, besides torch's own."""
+
+_COUNTED = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+"""What a dynamic loss scaler counts; everything else in it is settings, which are the run's own."""
+
 
 @dataclass(frozen=True)
 class Held:
@@ -61,8 +69,7 @@ def inner_optimizer(engine: Any) -> torch.optim.Optimizer:
 
 def refresh_parameters(engine: Any) -> None:
     """Bring what the forward pass reads up to the masters, after these were changed; all ranks together."""
-    optimizer = engine.optimizer
-    kind = type(optimizer).__name__
+    optimizer, kind = engine.optimizer, _kind_of(engine.optimizer)
     if kind == "DeepSpeedZeroOptimizer_Stage3":
         # The order of the optimizer's own step: small parameters are kept whole on every rank, and are gathered anew.
         optimizer._partition_all_parameters()
@@ -109,8 +116,9 @@ def gradients_are_finite(engine: Any) -> bool:
 
 
 def _local_gradients(engine: Any) -> list[Tensor | None]:
-    optimizer = engine.optimizer
-    kind = type(optimizer).__name__
+    optimizer, kind = engine.optimizer, _kind_of(engine.optimizer)
+    if hasattr(optimizer, "_wait_for_offload_copies"):
+        optimizer._wait_for_offload_copies()  # on their way to the host, which is about to look at them
     if kind in ("DeepSpeedZeroOptimizer_Stage3", "DeepSpeedZeroOptimizer"):
         found = [gradient for group in optimizer.averaged_gradients.values() for gradient in group or []]
         on_host = "fp32_partitioned_groups_flat" if kind.endswith("3") else "single_partition_of_fp32_groups"
@@ -130,6 +138,7 @@ def step_without_update(engine: Any) -> None:
     """
     inner: Any = inner_optimizer(engine)
     schedule, skipped = engine.lr_scheduler, engine.skipped_steps
+    scale = loss_scaler_state(engine)
     step = inner.step
     inner.step, engine.lr_scheduler = lambda *_, **__: None, None
     try:
@@ -137,19 +146,20 @@ def step_without_update(engine: Any) -> None:
     finally:
         inner.step, engine.lr_scheduler = step, schedule
         engine.skipped_steps = skipped + 1  # in fp16, DeepSpeed has counted it already
+        set_loss_scaler_state(engine, scale)  # what was wrong is no matter of the scale
 
 
 def loss_scaler_state(engine: Any) -> dict[str, float] | None:
     """The numbers that dynamic loss scaling goes by; None in other precisions than fp16."""
     scaler = _loss_scaler(engine)
-    return None if scaler is None else {k: v for k, v in vars(scaler).items() if type(v) in (int, float)}
+    return None if scaler is None else {k: v for k, v in vars(scaler).items() if k in _COUNTED}
 
 
 def set_loss_scaler_state(engine: Any, state: dict[str, float] | None) -> None:
     """Put back what :func:`loss_scaler_state` gave; nothing happens unless both runs scale their loss."""
     scaler = _loss_scaler(engine)
     if scaler is not None and state is not None:
-        vars(scaler).update({k: v for k, v in state.items() if k in vars(scaler)})
+        vars(scaler).update({k: v for k, v in state.items() if k in vars(scaler) and k in _COUNTED})
 
 
 def set_step_counts(engine: Any, *, steps: int, schedule_steps: int, skipped: int) -> None:
@@ -166,12 +176,30 @@ def set_step_counts(engine: Any, *, steps: int, schedule_steps: int, skipped: in
 
 
 def _loss_scaler(engine: Any) -> Any:
-    return getattr(engine.optimizer, "loss_scaler", None) if engine.fp16_enabled() else None
+    """What counts for a dynamic loss scale; None for a fixed one, and in other precisions."""
+    if not engine.fp16_enabled() or not engine.dynamic_loss_scale():
+        return None
+    optimizer = engine.optimizer
+    return optimizer.loss_scale_config if _kind_of(optimizer) == "FP16_UnfusedOptimizer" else optimizer.loss_scaler
+
+
+def _kind_of(optimizer: Any) -> str:
+    """The name of DeepSpeed's wrapper, ``torch`` for none. One that is not known here must not pass for another."""
+    if isinstance(optimizer, torch.optim.Optimizer):
+        return "torch"
+    kind = type(optimizer).__name__
+    if kind not in WRAPPERS:
+        raise ConfigError(
+            Problem(
+                "deepspeed_config", f"it makes DeepSpeed use {kind}, whose state cannot be saved", f"use {WRAPPERS}"
+            )
+        )
+    return kind
 
 
 def _all_held(engine: Any) -> Iterator[Held]:
     optimizer, parameters = engine.optimizer, list(engine.module.named_parameters())
-    kind = type(optimizer).__name__
+    kind = _kind_of(optimizer)
     if kind == "DeepSpeedZeroOptimizer_Stage3":
         for name, parameter in parameters:
             yield _held_at_stage_3(optimizer, name, parameter)
@@ -215,7 +243,7 @@ def _held_at_stage_1_or_2(optimizer: Any, name: str, parameter: Parameter) -> It
 
 def _masters_by_parameter(optimizer: Any) -> dict[Parameter, Tensor]:
     """The fp32 copies that stage 0 keeps in bf16 and fp16; nothing elsewhere."""
-    if type(optimizer).__name__ != "FP16_UnfusedOptimizer":
+    if _kind_of(optimizer) != "FP16_UnfusedOptimizer":
         return {}
     pairs = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
     return {

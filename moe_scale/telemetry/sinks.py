@@ -86,6 +86,9 @@ class MetricsLogger:
             log.warning("could not drop the records after step %d from %s: %s", step, self.path, error)
         if self._sinks is None:
             self._sinks = self._open_sinks()
+        elif "TensorBoard" in self._sinks:  # a run that goes back
+            self._sinks.pop("TensorBoard").close(False)
+            self._sinks["TensorBoard"] = TensorBoardSink(self.path.parent / "tensorboard", step + 1)
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Write one record.

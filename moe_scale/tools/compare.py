@@ -1,7 +1,8 @@
-"""``moe-scale compare``: the MoE backends, and a dense model of equal active FLOPs, side by side in training.
+"""``moe-scale compare``: the MoE backends, and a dense model of equal active FLOPs, side by side.
 
 Each variant trains from the same initial weights on the same batches, one after the other in one start, so a comparison
-runs as a recipe does: in one process, or as ranks of ``deepspeed``, ``torchrun`` or ``srun``.
+runs as a recipe does: in one process, or as ranks of ``deepspeed``, ``torchrun`` or ``srun``. Before that, rank 0 times
+one layer of each variant, and Hugging Face's, at the shape of the recipe's micro-batch.
 """
 
 from __future__ import annotations
@@ -18,11 +19,17 @@ from typing import Any
 
 import torch.distributed as dist
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from torch import Tensor
 
 from moe_scale.errors import ConfigError, Problem
-from moe_scale.parallel.device import reset_peak_memory
+from moe_scale.parallel import device as devices
+from moe_scale.parallel import launch as launches
+from moe_scale.parallel import zero
+from moe_scale.telemetry.provenance import package_versions, source_state
+from moe_scale.tools.arguments import positive
+from moe_scale.tools.compare_plot import plot
+from moe_scale.tools.layer_comparison import HUGGING_FACE, LayerShape, compare_layers, hugging_face_problems
 from moe_scale.train.loop import train
 from moe_scale.train.recipe import Job, Recipe, prepare_job
 
@@ -31,7 +38,16 @@ VARIANTS = {
     "deepspeed": ["--moe.backend", "deepspeed"],
     "autoep": ["--moe.backend", "autoep"],
     "dense": ["--moe.enabled", "false"],
+    "triton": ["--moe.backend", "custom", "--moe.kernels", "triton"],
 }
+"""What is trained, and the settings that make it."""
+CHOICES = {
+    **dict.fromkeys(("custom", "deepspeed", "autoep"), "that backend"),
+    "triton": "custom with the Triton kernels, on a GPU; left out unless named",
+    "dense": "a dense model of equal active FLOPs",
+    HUGGING_FACE: "Hugging Face's Qwen3-MoE block, grouped_mm; its layer alone",
+}
+DEFAULT_CHOICES = [name for name in CHOICES if name != "triton"]
 Row = dict[str, Any]
 
 
@@ -39,35 +55,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The tool's own flags; whatever else is given goes to the recipe."""
     parser.add_argument("recipe", help="file of the recipe, as recipes/lm_16l.py")
     parser.add_argument(
-        "--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="what to train [%(default)s]"
+        "--variants",
+        nargs="+",
+        choices=CHOICES,
+        default=DEFAULT_CHOICES,
+        help="what to compare [%(default)s]: " + "; ".join(f"{name} = {text}" for name, text in CHOICES.items()),
     )
+    parser.add_argument("--rounds", type=positive, default=10, help="counted rounds of timing a layer [%(default)s]")
     parser.add_argument("--output_dir", default="runs/compare", help="folder of the comparison [%(default)s]")
 
 
 def run(arguments: argparse.Namespace, recipe_argv: list[str]) -> list[Row]:
-    """Train every variant, then print a table and write ``compare.json``, ``compare.md`` and ``compare.png``.
+    """Measure every variant, then print a table and write ``compare.json``, ``compare.md`` and ``compare.png``.
 
     Args:
         arguments: of :func:`add_arguments`.
         recipe_argv: settings of the recipe, the same for every variant.
 
     Raises:
-        ConfigError: before anything is trained, when a variant cannot run with these settings.
+        ConfigError: before anything is trained, when a variant cannot run with these settings or the folder is taken.
     """
-    folder = Path(arguments.output_dir)
+    folder = Path(arguments.output_dir).expanduser()
     recipe = load_recipe(Path(arguments.recipe))
-    jobs = _prepare(recipe, arguments.variants, recipe_argv, folder)
+    variants = list(dict.fromkeys(arguments.variants))
+    jobs = _prepare(recipe, variants, recipe_argv, folder)
+    layers = _compare_layers(variants, next(iter(jobs.values())), arguments.rounds)
     rows = []
     for name, job in jobs.items():
-        reset_peak_memory(job.device)
+        devices.reset_peak_memory(job.device)
         with counted_all_to_all() as sent:
             train(job)
         if job.launch.is_main:
-            rows.append(summarize(name, job, sent[0]))
-    dist.barrier()
+            rows.append(summarize(name, job, sent[0]) | layers[name])
     if rows:
         _add_differences(rows)
+        if HUGGING_FACE in layers:
+            rows.append(dict.fromkeys(rows[0]) | {"variant": HUGGING_FACE} | layers[HUGGING_FACE])
         write_report(rows, folder)
+    dist.barrier()
     dist.destroy_process_group()
     return rows
 
@@ -85,17 +110,57 @@ def load_recipe(path: Path) -> Recipe:
 
 
 def _prepare(recipe: Recipe, variants: list[str], argv: list[str], folder: Path) -> dict[str, Job]:
-    """All jobs, checked before the first one starts; the problems of all variants at once."""
+    """The jobs of all that is trained, checked before the first one starts; the problems of all variants at once."""
     jobs: dict[str, Job] = {}
-    problems: list[Problem] = []
-    for name in variants:
+    problems = [
+        Problem(flag, "is what a comparison varies", f"leave it out; --variants chooses from {', '.join(CHOICES)}")
+        for flag in ("--moe.backend", "--moe.enabled", "--resume")
+        if any(word == flag or word.startswith(f"{flag}=") for word in argv)
+    ]
+    trained = [name for name in variants if name in VARIANTS]
+    for name in trained:
+        fixed = ["--resume", "never", "--output_dir", str(folder / name)]
         try:
-            jobs[name] = prepare_job(recipe, [*argv, *VARIANTS[name], "--output_dir", str(folder / name)])
+            jobs[name] = prepare_job(recipe, [*argv, *VARIANTS[name], *fixed])
         except ConfigError as error:
             problems += error.problems
+    if _holds_a_comparison(folder):
+        here = f"{folder} already holds a comparison"
+        problems = [p for p in problems if p.where != "output_dir"]
+        problems.append(Problem("output_dir", here, "choose another --output_dir", this_host_only=True))
+    if not trained:
+        problems.append(Problem("--variants", f"{HUGGING_FACE} alone", "add one that is trained, as custom"))
+    for job in list(jobs.values())[:1]:
+        if not hasattr(getattr(job.config, "model", None), "d_model"):
+            problems.append(Problem("recipe", f"{recipe.name} has no model.d_model", "choose one with sparse layers"))
+        if HUGGING_FACE in variants:
+            problems += hugging_face_problems(job.config.moe)
     if problems:
         raise ConfigError(dict.fromkeys(problems))
     return jobs
+
+
+def _holds_a_comparison(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("compare.json", *(f"{v}/run.json" for v in VARIANTS)))
+
+
+def _compare_layers(variants: list[str], job: Job, rounds: int) -> dict[str, Row]:
+    """The layers' figures, on rank 0; the other ranks wait for it and get none."""
+    if job.device.is_cpu:
+        devices.keep_freed_memory()
+    launches.export(job.launch)
+    zero.init_distributed()
+    rows: dict[str, Row] = {}
+    if job.launch.is_main:
+        config: Any = job.config
+        seq_len = job.task.tokens_per_sequence
+        shape = LayerShape(job.plan.micro_batch, seq_len, config.model.d_model, job.plan.precision)
+        print(f"timing one layer of {', '.join(variants)}: {shape}", flush=True)
+        rows = compare_layers(variants, config.moe, shape, devices.current(), rounds=rounds)
+        for row in rows.values():
+            row |= {"layer_shape": str(shape), "layer_rounds": rounds}
+    dist.barrier()
+    return rows
 
 
 @contextlib.contextmanager
@@ -153,6 +218,10 @@ COLUMNS = {
     "loss": ("loss", "{:.4f}"),
     "heldout_loss": ("held-out loss", "{:.4f}"),
     "largest_difference": ("largest loss difference", "{:.1e}"),
+    "layer_difference": ("layer: output difference", "{:.1e}"),
+    "layer_forward_ms": ("layer: ms forward", "{:,.2f}"),
+    "layer_backward_ms": ("layer: ms backward", "{:,.2f}"),
+    "layer_peak_bytes": ("layer: peak memory, MiB", "{:,.1f}"),
     "tokens_per_s": ("tokens/s", "{:,.0f}"),
     "step_ms": ("ms a step", "{:,.0f}"),
     "peak_memory_bytes": ("peak memory, MiB", "{:,.0f}"),
@@ -160,7 +229,7 @@ COLUMNS = {
     "dropped_share": ("dropped", "{:.2%}"),
     "load_max": ("max/mean load", "{:.2f}"),
 }
-_SCALE = {"peak_memory_bytes": 2**20, "all_to_all_bytes_per_step": 2**10}
+_SCALE = {"layer_peak_bytes": 2**20, "peak_memory_bytes": 2**20, "all_to_all_bytes_per_step": 2**10}
 
 
 def write_report(rows: list[Row], folder: Path) -> None:
@@ -169,41 +238,35 @@ def write_report(rows: list[Row], folder: Path) -> None:
     cells = [[row["variant"], *(_cell(row, key) for key in COLUMNS)] for row in rows]
     header = ["variant", *(title for title, _ in COLUMNS.values())]
     lines = [header, ["---"] * len(header), *cells]
-    (folder / "compare.md").write_text("".join("| " + " | ".join(line) + " |\n" for line in lines))
-    table = Table(*header)
+    text = "".join("| " + " | ".join(line) + " |\n" for line in lines)
+    notes = _notes(rows)
+    (folder / "compare.md").write_text(f"{text}\n{notes}\n\n![Loss, load, time of a layer](compare.png)\n")
+    table = Table(*(Column(title, overflow="fold") for title in header))
     for line in cells:
         table.add_row(*line)
-    Console(file=sys.stdout, width=160).print(table)
-    _plot(rows, folder / "compare.png")
+    Console(file=sys.stdout, width=190).print(table)
+    print(notes)
+    plot(rows, folder / "compare.png")
     print(f"wrote compare.json, compare.md and compare.png to {folder}")
+
+
+def _notes(rows: list[Row]) -> str:
+    """What the table's figures are, and where they come from."""
+    first = rows[0]
+    versions = package_versions()
+    software = ", ".join(f"{name} {versions[name]}" for name in ("python", "torch", "deepspeed", "transformers"))
+    source, _ = source_state(Path(__file__).resolve().parents[1])
+    commit = f"commit {source['commit'][:12]}{' and changes' if source['dirty'] else ''}" if source else "no commit"
+    reference = next((row["variant"] for row in rows if row["variant"] != "dense"), "")
+    return (
+        f"{first['steps']} steps on {first['world_size']} x {first['device']}, ep_size {first['ep_size']}; losses are "
+        f"compared with those of {reference or 'nothing'}. Layer: one with all experts on rank 0, "
+        f"{first['layer_shape']}, median of {first['layer_rounds']} rounds in turn; its difference is from custom with "
+        f"the same weights in fp32, as a share of the largest output, its peak memory what a step allocates beyond the "
+        f"weights. {software}; {commit}."
+    )
 
 
 def _cell(row: Row, key: str) -> str:
     value = row[key]
     return "" if value is None else COLUMNS[key][1].format(value / _SCALE.get(key, 1))
-
-
-def _plot(rows: list[Row], path: Path) -> None:
-    """Loss curves over each other, and the load of each expert in the last logged step."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (loss, load) = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
-    for width, row in zip(range(2 * len(rows), 0, -2), rows, strict=True):
-        # Thick under thin: curves that coincide stay visible.
-        loss.plot(*zip(*row["losses"], strict=True), label=row["variant"], linewidth=width, alpha=0.7)
-    loss.set(xlabel="step", ylabel="loss, nats a token", title="Training loss")
-    loss.legend()
-    sparse = [row for row in rows if row["load"]]
-    for place, row in enumerate(sparse):
-        total = [sum(layer) for layer in zip(*row["load"], strict=True)]
-        share = [count / sum(total) for count in total]
-        positions = [expert + place * 0.8 / len(sparse) for expert in range(len(share))]
-        load.bar(positions, share, width=0.8 / len(sparse), label=row["variant"])
-    load.set(xlabel="expert", ylabel="share of assignments, all layers", title="Load in the last logged step")
-    if sparse:
-        load.legend()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)

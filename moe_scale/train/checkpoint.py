@@ -7,6 +7,7 @@ finish in the background, whatever the training is doing with its groups.
 from __future__ import annotations
 
 import logging
+import queue
 import shutil
 import socket
 import threading
@@ -24,16 +25,19 @@ from moe_scale.checkpoint.index import Index, read_index, verify
 from moe_scale.checkpoint.reader import Reader
 from moe_scale.checkpoint.writer import Part, Piece, join, write_part
 from moe_scale.config import CheckpointConfig
-from moe_scale.errors import ConfigError, Problem, StoppedError
+from moe_scale.errors import ConfigError, Problem, StoppedError, raise_if
 from moe_scale.parallel.device import rng_states, set_rng_states
 from moe_scale.train import snapshot
 
 log = logging.getLogger(__name__)
 
-MODEL_SETTINGS_THAT_MAY_CHANGE = {
+SETTINGS_THAT_MAY_CHANGE = {
+    "data": ("num_workers", "cache_dir", "shuffle_buffer"),
     "model": ("activation_checkpointing", "loss_chunk_tokens"),
     "moe": (
         "backend",
+        "kernels",
+        "conventions",
         "ep_size",
         "router_jitter",
         "router_temperature",
@@ -50,7 +54,7 @@ MODEL_SETTINGS_THAT_MAY_CHANGE = {
         "z_loss_weight",
     ),
 }
-"""Settings that change how a model is computed or trained, and not what its weights are."""
+"""Settings that change how a model is computed or trained, and neither what its weights are nor the data's order."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,10 @@ class Moment:
     step: int
     tokens: int
     scores: dict[str, Any]
+
+
+SLOW_DISK = 50e6
+"""Bytes a second that any disk should write for a rank."""
 
 
 class NotSavedError(StoppedError):
@@ -74,19 +82,27 @@ class Saver:
         config: what is kept.
         facts: ``kind``, ``settings`` and ``layout`` of the index.
         optimizer: name of the optimizer.
+        expected_bytes: that this rank will write, from which ``write_s`` is guessed before a first checkpoint.
     """
 
-    def __init__(self, run_dir: Path, config: CheckpointConfig, facts: Mapping[str, Any], optimizer: str):
+    def __init__(
+        self,
+        run_dir: Path,
+        config: CheckpointConfig,
+        facts: Mapping[str, Any],
+        optimizer: str,
+        expected_bytes: int = 0,
+    ):
         self.run_dir, self.config, self.facts, self.optimizer = run_dir, config, facts, optimizer
         self.failure = ""
         """Why the last checkpoint could not be written; empty when it was."""
         self.stall_s = 0.0
         """Seconds that the last save kept the training waiting."""
-        self.write_s = 0.0
+        self.write_s = expected_bytes / SLOW_DISK
         """Seconds from the begin of the last save to its end."""
         self._group = dist.new_group(backend="gloo")
         self._thread: threading.Thread | None = None
-        self._news: list[str] = []
+        self._news: queue.SimpleQueue[str] = queue.SimpleQueue()
 
     def __enter__(self) -> Saver:
         return self
@@ -112,15 +128,19 @@ class Saver:
             "scores": moment.scores,
             "optimizer": snapshot.numbers(engine, self.optimizer),
         }
+        expected = set(snapshot.logical_shapes(engine.module))
         pieces: Iterable[Piece] = snapshot.take(engine)
         if self.config.background:
             pieces = [snapshot.on_host(piece) for piece in pieces]
             self._thread = threading.Thread(
-                target=self._write, args=(folder, pieces, own, said, best, start), name="checkpoint", daemon=True
+                target=self._write,
+                args=(folder, pieces, own, said, expected, best, start),
+                name="checkpoint",
+                daemon=True,
             )
             self._thread.start()
         else:
-            self._write(folder, pieces, own, said, best, start)
+            self._write(folder, pieces, own, said, expected, best, start)
         self.stall_s = time.perf_counter() - start
 
     def wait(self) -> None:
@@ -131,10 +151,18 @@ class Saver:
 
     def news(self) -> list[str]:
         """What there is to tell since the last call, on every rank the same; one line each."""
-        news, self._news = self._news, []
-        return news
+        return [self._news.get() for _ in range(self._news.qsize())]
 
-    def _write(self, folder: Path, pieces: Iterable[Piece], own: dict, said: dict, best: bool, start: float) -> None:
+    def _write(
+        self,
+        folder: Path,
+        pieces: Iterable[Piece],
+        own: dict,
+        said: dict,
+        expected: set[str],
+        best: bool,
+        start: float,
+    ) -> None:
         rank, world_size = dist.get_rank(), dist.get_world_size()
         try:
             failures = self._everyones(lambda: folders.begin(folder) if rank == 0 else None)[1]
@@ -145,27 +173,38 @@ class Saver:
                     lambda: write_part(partial, pieces, own, rank=rank, world_size=world_size)
                 )
             if not failures:
-                failures = self._everyones(lambda: self._publish(folder, parts, said, best) if rank == 0 else None)[1]
+                failures = self._everyones(lambda: self._publish(folder, parts, said, expected) if rank == 0 else None)[
+                    1
+                ]
             if failures and rank == 0:
                 shutil.rmtree(folders.partial_of(folder), ignore_errors=True)
+            if not failures:
+                untidy = self._everyones(lambda: self._tidy(folder, best) if rank == 0 else None)[1]
+                for why in untidy:
+                    self._news.put(f"warning: {folder.name} is saved, but not what comes after it: {why}")
             self.failure = "; ".join(failures)
         except Exception as error:  # a lost rank: the training's own collectives fail too, and say so
             self.failure = f"{type(error).__name__}: {error}".splitlines()[0]
         self.write_s = time.perf_counter() - start
         if self.failure:
-            self._news.append(f"warning: {folder.name} was not saved, the run goes on: {self.failure}")
+            self._news.put(f"warning: {folder.name} was not saved, the run goes on: {self.failure}")
 
-    def _publish(self, folder: Path, parts: list[Part], said: dict, best: bool) -> None:
-        """Rank 0 alone: write the index, give the folder its name, and remove what need not be kept."""
+    def _publish(self, folder: Path, parts: list[Part], said: dict, expected: set[str]) -> None:
+        """Rank 0 alone: write the index and give the folder its name, which makes it a checkpoint."""
         partial = folders.partial_of(folder)
         for part in parts:
-            for name in (*part.sizes, part.rank_file):
+            for name in (*part.sizes, part.rank_file):  # a saving rank always has its own state
                 if not (partial / name).is_file():
                     raise DamagedCheckpointError(partial / name, "not there: do all hosts share this folder?")
         tensors, sizes, ranks = join(parts, partial)
+        if missing := expected - tensors.keys():
+            raise DamagedCheckpointError(partial, f"no rank wrote {min(missing)}")
         Index(tensors=tensors, sizes=sizes, ranks=ranks, **said).write(partial)
         read_index(partial)
         folders.finish(folder)
+
+    def _tidy(self, folder: Path, best: bool) -> None:
+        """Rank 0 alone, once the checkpoint is complete: point to it, and remove what need not be kept."""
         if best:
             folders.point(folder.parent / "best", folder)
         keep = {folder.name} | {link.resolve().name for link in (folder.parent / "best",) if link.exists()}
@@ -187,33 +226,60 @@ class Saver:
 
 
 def candidates(run_dir: Path) -> tuple[list[tuple[Path, Index]], list[ConfigError]]:
-    """The run's checkpoints whose index is intact, newest first, and what is wrong with the others."""
+    """The run's checkpoints whose index is intact, newest first, and what is wrong with the others.
+
+    Raises:
+        ConfigError: if one cannot be read though it may be intact.
+    """
     intact: list[tuple[Path, Index]] = []
     damaged: list[ConfigError] = []
     for path in folders.complete(run_dir):
         try:
             intact.append((path, read_index(path)))
-        except ConfigError as error:
+        except DamagedCheckpointError as error:
             damaged.append(error)
     return intact, damaged
 
 
 def check_together(path: Path, index: Index) -> list[Problem]:
-    """Compare all checksums of a checkpoint, each rank a share of the files. The same answer on every rank."""
-    mine: list[Problem] = []
+    """Compare all checksums of a checkpoint, each rank a share of the files. The same answer on every rank.
+
+    Raises:
+        ConfigError: on all ranks, if one of them cannot read it though it may be intact.
+    """
+    damage: list[Problem] = []
+    unreadable: list[Problem] = []
     try:
         verify(path, index, part=dist.get_rank(), parts=dist.get_world_size())
+    except DamagedCheckpointError as error:
+        damage = error.problems
     except ConfigError as error:
-        mine = error.problems
-    everyones: list[list[Problem]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everyones, mine)
-    return [problem for problems in everyones for problem in problems]
+        unreadable = error.problems
+    everyones: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyones, (damage, unreadable))
+    raise_if([problem for _, problems in everyones for problem in problems])
+    return [problem for problems, _ in everyones for problem in problems]
+
+
+def newest_intact(run_dir: Path) -> tuple[Path, Index] | None:
+    """The newest checkpoint whose every byte is as it was written; all ranks together."""
+    names = [[path.name for path in folders.complete(run_dir)]]
+    dist.broadcast_object_list(names)  # file systems of several hosts may lag behind each other
+    for name in names[0]:
+        path = folders.checkpoints_of(run_dir) / name
+        try:
+            index = read_index(path)
+        except DamagedCheckpointError:
+            continue
+        if not check_together(path, index):
+            return path, index
+    return None
 
 
 def structure_problems(path: Path, index: Index, settings: Mapping[str, Any]) -> list[Problem]:
-    """Settings of the model that are not those that the checkpoint's weights were trained with."""
+    """Settings of the model and the data that are not those that the checkpoint was trained with."""
     found = []
-    for section, may_change in MODEL_SETTINGS_THAT_MAY_CHANGE.items():
+    for section, may_change in SETTINGS_THAT_MAY_CHANGE.items():
         saved, mine = index.settings.get(section, {}), settings.get(section, {})
         for name, value in mine.items():
             if name not in may_change and name in saved and saved[name] != value:

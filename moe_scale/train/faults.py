@@ -169,14 +169,20 @@ class SpikeWatch:
     def __init__(self, config: FaultConfig):
         self.config = config
         self.rollbacks = 0
+        self._last = 0.0
         self._losses: collections.deque[float] = collections.deque(maxlen=50)
 
     def is_spike(self, loss: float) -> bool:
         """Whether the loss is a spike; one that is not joins those to compare with."""
+        self._last = loss
         if len(self._losses) >= 10 and loss > self.config.spike_factor * statistics.fmean(self._losses):
             return True
         self._losses.append(loss)
         return False
+
+    def accept(self) -> None:
+        """Take the last loss, a spike, for what the loss is now: there is nothing to go back to."""
+        self._losses.append(self._last)
 
     def rolled_back(self, step: int) -> None:
         """Count a return to a checkpoint.

@@ -118,6 +118,7 @@ class LanguageModelTask(Task):
         total = num_params(config.model, config.moe).total
         active = num_active_params(config.model, config.moe).total
         gap = scores["eval/unigram_entropy"] - scores["eval/loss"]
+        distance = f"{abs(gap):.2f} {'below' if gap >= 0 else 'above'} it"
         sink = scores.get("eval/sink_share")
         lines = [
             ("model", f"{total:,} parameters, {active:,} active a token"),
@@ -126,7 +127,7 @@ class LanguageModelTask(Task):
             ("bits per byte", f"{scores['eval/bits_per_byte']:.4f}"),
             (
                 "unigram entropy",
-                f"{scores['eval/unigram_entropy']:.4f} nats of the same text; the loss is {gap:.2f} below it",
+                f"{scores['eval/unigram_entropy']:.4f} nats of the same text; the loss is {distance}",
             ),
             *([("attention sink", f"{sink:.1%} of attention goes to the first token")] if sink is not None else []),
         ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_scale.checkpoint.folder import complete
-from moe_scale.checkpoint.index import read_index
 from moe_scale.checkpoint.reader import Reader
 from moe_scale.config import duration_seconds
+from moe_scale.errors import DivergedError
 from moe_scale.moe.layer import update_selection_biases
 from moe_scale.parallel import device as devices
 from moe_scale.parallel import launch as launches
@@ -75,6 +74,7 @@ def train(job: Job) -> None:
         state = RunState(resumed[1].step, resumed[1].tokens, resumed[1].scores) if resumed else RunState(0, 0, {})
         # Of what is drawn in training (noise, jitter, dropout), and different on every rank.
         torch.manual_seed(((config.seed + state.step) * 1_000_003 + launch.rank) % 2**63)
+        watchdog.at(state.step, "loading the checkpoint")
         with stopping_together():
             if resumed is not None:
                 task.batches().load_state_dict(checkpoint.load(engine, *resumed))
@@ -105,7 +105,7 @@ class RunState:
     Attributes:
         step: optimizer steps done.
         tokens: seen over all ranks.
-        scores: the last held-out scores; as ``best`` the best so far of what ``checkpoint.save_best`` names.
+        scores: the last held-out scores; as ``best`` the best so far, and of which score.
     """
 
     step: int
@@ -118,6 +118,8 @@ class Run:
 
     logger: MetricsLogger
     progress: Progress
+    new_best: dict[str, Any] | None = None
+    """The score of a checkpoint that is being written as the best so far."""
 
     def __init__(
         self,
@@ -139,7 +141,9 @@ class Run:
         self.spikes = SpikeWatch(config.faults)
         self.collapse = CollapseWatch(config.faults, job.task.sparse_layers, config.moe.top_k)
         facts = {"kind": job.task.model_kind, "settings": to_dict(config), "layout": job.layout}
-        self.saver = checkpoint.Saver(job.run_dir, config.checkpoint, facts, config.optim.name)
+        self.saver = checkpoint.Saver(
+            job.run_dir, config.checkpoint, facts, config.optim.name, snapshot.held_bytes(engine)
+        )
 
     def tell(self, lines: Iterable[str]) -> None:
         """Print lines above the progress bar, on rank 0."""
@@ -181,14 +185,15 @@ def _train_steps(run: Run) -> None:
         with run.throughput.pause():
             if outcome.spiked and _roll_back(run):
                 continue
-            is_best = (last or _due(config.eval.every, state.step)) and _evaluate(run)
             leaving = last or outcome.asked_to_stop
+            # Who is asked to stop has little time, and evaluates when it has gone on.
+            is_best = (last or (_due(config.eval.every, state.step) and not leaving)) and _evaluate(run)
             if leaving or is_best or _due(config.checkpoint.every, state.step):
                 _save(run, best=is_best)
             if leaving:
                 run.saver.wait()
             run.tell(run.saver.news())
-        if leaving and run.saver.failure:
+        if leaving and run.agreement.any(bool(run.saver.failure))[0]:
             raise checkpoint.NotSavedError(f"step {state.step} was not saved: {run.saver.failure}")
         if outcome.asked_to_stop and not last:
             raise PreemptedError(f"stopped and saved after step {state.step}; --resume auto continues")
@@ -225,12 +230,13 @@ def _step(run: Run, *, logged: bool) -> StepOutcome:
         if logged or bad_loss or bad_gradient:
             record = _grad_norms(engine, run.parts, job.plan.stage, run.groups)
         if bad_loss or bad_gradient:
-            zero_state.step_without_update(engine)
+            _update(zero_state.step_without_update, engine, step)
             run.tell([run.bad_steps.bad(step, _what_is_bad(bad_loss, record))])
         else:
-            engine.step()
-            run.bad_steps.good()
+            _update(lambda e: e.step(), engine, step)
             updated = not zero.last_step_was_skipped(engine)
+            if updated:
+                run.bad_steps.good()
     moe = job.config.moe
     if moe.enabled and moe.router == "sigmoid" and updated:
         update_selection_biases(engine.module, sum_over_ranks(torch.stack(loads).sum(dim=0)), moe.bias_update_rate)
@@ -244,6 +250,18 @@ def _step(run: Run, *, logged: bool) -> StepOutcome:
             record["loss_scale"] = zero.loss_scale(engine)
         record = meter.record() | record
     return StepOutcome(record, updated, spiked, asked_to_stop)
+
+
+def _update(update: Callable[[Any], Any], engine: Any, step: int) -> None:
+    """The optimizer's step. A loss scale that cannot fall any further is a run that diverged."""
+    try:
+        update(engine)
+    except Exception as error:
+        if "loss scale already at minimum" not in str(error):
+            raise
+        raise DivergedError(
+            f"gradients of step {step} are infinite at the lowest loss scale: train in bf16, or lower --optim.lr"
+        ) from None
 
 
 def _due(every: int, step: int) -> bool:
@@ -263,23 +281,35 @@ def _evaluate(run: Run) -> bool:
     state, wanted = run.state, run.job.config.checkpoint.save_best
     run.watchdog.at(state.step, "evaluation")
     scores = run.job.task.evaluate(run.engine)
+    _settle_best(run)
     best = state.scores.get("best")
-    state.scores = scores | ({"best": best} if best is not None else {})
+    state.scores = scores | ({"best": best} if best else {})
     run.logger.log({"step": state.step, "tokens": state.tokens} | scores)
     run.progress.message(f"step {state.step}: held-out loss {scores['eval/loss']:.4f}")
     if not wanted or not math.isfinite(scores[wanted]):
         return False
     sign = 1 if run.job.task.scores[wanted] == "lower" else -1
-    if best is not None and sign * scores[wanted] >= sign * best:
+    if best and best["score"] == wanted and sign * scores[wanted] >= sign * best["value"]:
         return False
-    state.scores["best"] = scores[wanted]
+    run.new_best = {"score": wanted, "value": scores[wanted]}
     return True
+
+
+def _settle_best(run: Run) -> None:
+    """A score is the best so far once its checkpoint is there."""
+    run.saver.wait()
+    if run.new_best and not run.agreement.any(bool(run.saver.failure))[0]:
+        run.state.scores["best"] = run.new_best
+    run.new_best = None
 
 
 def _save(run: Run, *, best: bool) -> None:
     state = run.state
     run.watchdog.at(state.step, "save")
-    moment = checkpoint.Moment(state.step, state.tokens, dict(state.scores))
+    if not best:
+        _settle_best(run)
+    scores = state.scores | ({"best": run.new_best} if best else {})
+    moment = checkpoint.Moment(state.step, state.tokens, scores)
     run.saver.save(run.engine, moment, run.job.task.batches().state_dict(), best=best)
 
 
@@ -287,15 +317,14 @@ def _roll_back(run: Run) -> bool:
     """After a spike: back to the newest checkpoint, and on with the data after the spike. False if there is none."""
     state = run.state
     run.saver.wait()
-    newest = [next(iter(complete(run.job.run_dir)), None)]
-    dist.broadcast_object_list(newest)  # file systems of several hosts may lag behind each other
-    path = newest[0]
-    if path is None:
-        run.tell([f"warning: the loss spiked at step {state.step}, and there is no checkpoint yet to go back to"])
-        return False
-    run.spikes.rolled_back(state.step)
     run.watchdog.at(state.step, "going back")
-    index = read_index(path)
+    found = checkpoint.newest_intact(run.job.run_dir)
+    if found is None:
+        run.tell([f"warning: the loss spiked at step {state.step}, and there is no checkpoint yet to go back to"])
+        run.spikes.accept()
+        return False
+    path, index = found
+    run.spikes.rolled_back(state.step)
     snapshot.put(run.engine, Reader(path, index), step=index.step)
     run.tell([f"warning: the loss spiked at step {state.step}: back to {path.name}, and past the data since then"])
     state.step = index.step  # not the tokens: the data goes on from here

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from moe_scale.checkpoint import folder as folders
 from moe_scale.config import RunConfig, Scale
 from moe_scale.errors import ConfigError, Problem, StoppedError, exit_on_config_error, raise_if
 from moe_scale.moe.backends.support import unsupported
@@ -205,25 +206,39 @@ def _resume(job: Job) -> tuple[Path | None, list[Problem], tuple[str, ...]]:
             instead = "continue it with --resume auto, or choose another --output_dir"
             return None, [here("output_dir", f"{run_dir} already holds a run", instead)], ()
         return None, [], ()
-    intact, damaged = checkpoint.candidates(run_dir)
+    try:
+        intact, damaged = checkpoint.candidates(run_dir)
+    except ConfigError as error:
+        return None, error.problems, ()
     if damaged and (config.resume == "must" or not intact):
-        return None, [problem for error in damaged for problem in error.problems], ()
+        instead = (
+            f"use --resume auto, which takes {intact[0][0].name}"
+            if intact
+            else f"none is intact: move {folders.checkpoints_of(run_dir)} away to start anew"
+        )
+        return None, [replace(p, allowed=p.allowed or instead) for error in damaged for p in error.problems], ()
     if not intact:
         if config.resume == "must":
             return None, [here("resume", f"{run_dir} holds no checkpoint", "use --resume auto to start anew")], ()
-        return None, [], ()
+        begun = (run_dir / "metrics.jsonl").exists()
+        anew = f"{run_dir} has no checkpoint: the run begins anew, and its earlier metrics are kept under another name"
+        return None, [], (anew,) if begun else ()
     path, index = intact[0]
     remarks = tuple(f"a damaged checkpoint is passed over: {error}" for error in damaged)
+    problems = checkpoint.structure_problems(path, index, to_dict(config))
     if index.step >= config.max_steps:
         what = f"{config.max_steps}, but {path.name} is already there"
-        return path, [here("max_steps", what, f"choose more than {index.step}")], remarks
-    changed = checkpoint.changed_settings(index, to_dict(config))
-    return path, checkpoint.structure_problems(path, index, to_dict(config)), (*remarks, *changed)
+        problems.append(here("max_steps", what, f"choose more than {index.step}"))
+    return path, problems, (*remarks, *checkpoint.changed_settings(index, to_dict(config)))
 
 
 def _cannot_hold_a_run(run_dir: Path) -> str:
     """Why the folder cannot be made or written to; empty when it can."""
-    existing = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    checkpoints = folders.checkpoints_of(run_dir)
+    if checkpoints.exists() and not checkpoints.is_dir():
+        return f"cannot hold checkpoints: {checkpoints} is a file"
+    nearest = (checkpoints, run_dir, *run_dir.absolute().parents)
+    existing = next(path for path in nearest if path.exists())
     if not existing.is_dir():
         return "is a file" if existing == run_dir else f"cannot be made: {existing} is a file"
     try:

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe_scale.checkpoint.index import BLOCK, MOMENTS, WEIGHT, Index
 from moe_scale.checkpoint.reader import Reader, persistent_buffers
 from moe_scale.checkpoint.writer import Piece
-from moe_scale.errors import Problem
+from moe_scale.errors import ConfigError, Problem
 from moe_scale.moe.placement import Placement, placements
 from moe_scale.parallel import zero_state
 from moe_scale.parallel.zero_state import Held
@@ -34,6 +34,11 @@ def take(engine: Any) -> Iterator[Piece]:
     if dist.get_rank() == 0:
         for name, buffer in persistent_buffers(engine.module).items():
             yield Piece(name, tuple(buffer.shape), WEIGHT, 0, buffer.detach().reshape(-1))
+
+
+def held_bytes(engine: Any) -> int:
+    """What this rank writes, about: a weight and two moments of each element in fp32."""
+    return sum(12 * held.length for held in zero_state.held_state(engine) if held.writer)
 
 
 def on_host(piece: Piece) -> Piece:
@@ -62,12 +67,28 @@ def numbers(engine: Any, optimizer: str) -> dict[str, Any]:
     }
 
 
+def logical_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Every logical tensor of a model, with its shape."""
+    shapes = {place.tensor: place.shape for place in placements(model).values()}
+    return shapes | {name: tuple(buffer.shape) for name, buffer in persistent_buffers(model).items()}
+
+
 def misfits(engine: Any, index: Index) -> list[Problem]:
     """How a checkpoint's tensors differ from the model's."""
     model = engine.module
-    mine = {place.tensor: place.shape for place in placements(model).values()}
-    mine |= {name: tuple(buffer.shape) for name, buffer in persistent_buffers(model).items()}
+    places, mine = placements(model), logical_shapes(model)
     theirs = {name: tensor.shape for name, tensor in index.tensors.items()}
+    trained = {places[name].tensor for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if lacking := [
+        name for name in sorted(trained & theirs.keys()) if not set(MOMENTS) <= index.tensors[name].states.keys()
+    ]:
+        return [
+            Problem(
+                "resume",
+                f"the checkpoint has no optimizer moments of {lacking[0]}",
+                "it holds weights alone: load_model opens it",
+            )
+        ]
     names = [name for name in sorted(mine.keys() | theirs.keys()) if mine.get(name) != theirs.get(name)]
     return [
         Problem(
@@ -82,7 +103,24 @@ def misfits(engine: Any, index: Index) -> list[Problem]:
 @torch.no_grad()
 def put(engine: Any, reader: Reader, *, step: int) -> None:
     """Set weights, moments and counters to those of a checkpoint that fits; all ranks together."""
-    places, said = placements(engine.module), reader.index.optimizer
+    failure: ConfigError | None = None
+    try:
+        _put_values(engine, reader)
+    except ConfigError as error:
+        failure = error
+    failed: list[bool] = [False] * dist.get_world_size()
+    dist.all_gather_object(failed, failure is not None)  # what follows gathers parameters over all ranks
+    if any(failed):
+        raise failure or ConfigError(Problem("resume", "another rank could not read the checkpoint"))
+    said = reader.index.optimizer
+    zero_state.refresh_parameters(engine)
+    zero_state.set_loss_scaler_state(engine, said["loss_scaler"])
+    zero_state.set_step_counts(engine, steps=step, schedule_steps=said["schedule_steps"], skipped=said["skipped"])
+
+
+def _put_values(engine: Any, reader: Reader) -> None:
+    """Fill what this rank holds of weights, moments and buffers."""
+    places = placements(engine.module)
     by_master: dict[int, list[Held]] = defaultdict(list)
     for held in zero_state.held_state(engine):
         for at, start, count in _stretches(held, places[held.name]):
@@ -91,11 +129,8 @@ def put(engine: Any, reader: Reader, *, step: int) -> None:
             by_master[id(held.master)].append(held)
     for held_together in by_master.values():
         _put_moments(engine, reader, held_together, places)
-    zero_state.refresh_parameters(engine)
     for name, buffer in persistent_buffers(engine.module).items():
         buffer.copy_(reader.weight(name))
-    zero_state.set_loss_scaler_state(engine, said["loss_scaler"])
-    zero_state.set_step_counts(engine, steps=step, schedule_steps=said["schedule_steps"], skipped=said["skipped"])
 
 
 def _pieces(engine: Any, held: Held, place: Placement) -> Iterator[Piece]:

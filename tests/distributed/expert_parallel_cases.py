@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -61,10 +63,10 @@ class Case:
     training: bool = True
 
     def config(self, ep_size: int) -> MoEConfig:
-        settings = {"num_experts": NUM_EXPERTS, "top_k": 2, "intermediate_size": 3, "min_capacity": 1} | self.settings
-        if settings.get("router") == "expert_choice":
-            settings["dispatch"] = "capacity"
-        return MoEConfig(**settings, ep_size=ep_size)
+        chosen = {"num_experts": NUM_EXPERTS, "top_k": 2, "intermediate_size": 3, "min_capacity": 1} | self.settings
+        if chosen.get("router") == "expert_choice":
+            chosen["dispatch"] = "capacity"
+        return MoEConfig(**chosen, ep_size=ep_size)
 
     def tokens(self, rank: int, world_size: int) -> Tokens:
         generator = torch.Generator().manual_seed(100 + rank)
@@ -116,7 +118,56 @@ CASES = [
         for activation in ("swiglu", "gelu")
     ),
     Case("evaluation", {"router": "noisy", "shared_intermediate_size": 5}, training=False),
+    *(
+        Case(f"deepspeed's conventions, top-{top_k}",
+             {"conventions": "deepspeed", "top_k": top_k, "dispatch": "capacity", "capacity_factor": 0.4,
+              "drop_policy": "position" if top_k < 3 else "probability"},
+             shape=lambda rank: (2, 6 + rank), valid=lambda rank, b, s: torch.arange(s).expand(b, s) < s - rank)
+        for top_k in (1, 2, 3)
+    ),
 ]  # fmt: skip
+
+
+@st.composite
+def drawn_cases(draw: st.DrawFn) -> Case:
+    router = draw(st.sampled_from(ROUTERS))
+    num_experts = draw(st.sampled_from([4, 8, 12]))
+    changes = {
+        "router": router,
+        "num_experts": num_experts,
+        "top_k": draw(st.integers(1, 4)),
+        "intermediate_size": draw(st.integers(1, 5)),
+        "activation": draw(st.sampled_from(["swiglu", "gelu", "relu"])),
+        "expert_bias": draw(st.booleans()),
+        "dispatch": draw(st.sampled_from(["dropless", "capacity"])),
+        "capacity_factor": draw(st.sampled_from([0.1, 0.5, 1.0, 2.0])),
+        "drop_policy": draw(st.sampled_from(["position", "probability"])),
+        "aux_loss_scope": draw(st.sampled_from(["micro_batch", "sequence"])),
+        **draw(st.sampled_from([{}, {"residual": True}, {"shared_intermediate_size": 3}])),
+    }
+    if router in ("softmax", "sigmoid"):
+        changes["renormalize"] = draw(st.booleans())
+    shapes = [(draw(st.integers(0, 3)), draw(st.integers(1, 7))) for _ in range(4)]
+    real = [draw(st.sampled_from([1.0, 1.0, 0.5, 0.0])) for _ in range(4)]
+
+    def valid(rank: int, batch: int, seq_len: int) -> Tensor:
+        return torch.rand(batch, seq_len, generator=torch.Generator().manual_seed(rank)) < real[rank]
+
+    training = draw(st.booleans())
+    return Case(f"drawn: {changes}, shapes {shapes}, real {real}", changes, shapes.__getitem__, valid, None, training)
+
+
+def draw_cases(number: int) -> list[Case]:
+    """The same on every rank. Drawn beforehand: a rank that shrinks a failure would leave the others waiting."""
+    found: list[Case] = []
+
+    @settings(max_examples=number, derandomize=True, database=None, phases=[Phase.generate])
+    @given(drawn_cases())
+    def collect(case: Case) -> None:
+        found.append(case)
+
+    collect()
+    return found
 
 
 def on_circle(expert: float) -> Tensor:
@@ -170,7 +221,7 @@ def summed_gradients(layer: nn.Module, groups: ParallelGroups) -> Gradients:
 
 
 def local_part(name: str, gradient: Tensor, groups: ParallelGroups) -> Tensor:
-    local = groups.local_experts(NUM_EXPERTS)
+    local = groups.local_experts(len(gradient))
     return gradient[local.start : local.stop] if "experts." in name else gradient
 
 
@@ -336,12 +387,12 @@ def check_overlap(groups: ParallelGroups, into: Differences) -> None:
 
 
 def checks(groups: ParallelGroups, into: Differences) -> Iterator[None]:
-    for case in CASES:
+    for case in CASES + draw_cases(40):
         yield check(case, groups, run_layer, into)
     for forward in (twice_accumulated, applied_twice, recomputed):
         for router in ROUTERS:
-            settings = {"router": router, "shared_intermediate_size": 4, "router_jitter": 0.1}
-            yield check(Case(f"{forward.__name__}, router {router}", settings), groups, forward, into)
+            changes = {"router": router, "shared_intermediate_size": 4, "router_jitter": 0.1}
+            yield check(Case(f"{forward.__name__}, router {router}", changes), groups, forward, into)
     for router in ("softmax", "sigmoid", "hash"):
         yield check_joined(router, groups, into)
     for router in ("softmax", "sigmoid"):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.curves import STEPS, Runs, assert_same
+from tests.curves import STEPS, CharacterRuns, Curve, Runs, assert_same
 
 HALF = STEPS // 2
 LAYOUTS = [(4, 4), (4, 1), (2, 2), (2, 1), (1, 1)]
@@ -23,6 +23,11 @@ def resumable(runs: Runs, name: str, world_size: int, **how: object) -> list[str
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(tmp_path_factory.mktemp("checkpoints"))
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return CharacterRuns(tmp_path_factory.mktemp("checkpoints-quick"))
 
 
 def same_ranks_cases() -> dict[str, dict[str, object]]:
@@ -41,6 +46,7 @@ def same_ranks_cases() -> dict[str, dict[str, object]]:
     cases["deepspeed"] = {"stage": 3, "extra": (*spread, "--moe.backend", "deepspeed")}
     cases["autoep"] = {"stage": 2, "extra": (*spread, "--moe.backend", "autoep")}
     cases["offload"] = {"stage": 3, "ds": ("zero_optimization.offload_optimizer.device=cpu",)}
+    cases["offload-all"] = {"stage": 3, "ds": (*cases["offload"]["ds"], "zero_optimization.offload_param.device=cpu")}  # type: ignore[misc]
     cases["foreground"] = {"stage": 3, "extra": (*spread, "--checkpoint.background", "false")}
     return cases
 
@@ -77,25 +83,67 @@ def other_layouts() -> dict[tuple[int, str], dict[str, object]]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_one_checkpoint_opens_anywhere(runs: Runs) -> None:
+def test_one_checkpoint_opens_anywhere(quick: Runs) -> None:
     """Saved at 4 ranks, ep_size 2, ZeRO-3; the next ten steps anywhere else are those of the uninterrupted run."""
     spread = ("--moe.ep_size", "2", "--checkpoint.every", str(HALF))
-    runs.run(4, {"whole": resumable(runs, "whole", 4, stage=3, extra=spread)})
-    expected = runs.curve("whole")
+    quick.run(4, {"whole": resumable(quick, "whole", 4, stage=3, extra=spread)})
+    expected = quick.curve("whole")
     assert len(expected) == STEPS
     cases = other_layouts()
     for _, name in cases:
-        start_from(runs.folder / "whole", HALF, runs.folder / name)
+        start_from(quick.folder / "whole", HALF, quick.folder / name)
     for world_size in (4, 2, 1):
         argvs = {
-            name: [*resumable(runs, name, world_size, **dict(how)), "--resume", "must"]
+            name: [*resumable(quick, name, world_size, **dict(how)), "--resume", "must"]
             for (ranks, name), how in cases.items()
             if ranks == world_size
         }
-        runs.run(world_size, argvs)
-    curves = {name: runs.curve(name)[HALF:] for _, name in cases}
+        quick.run(world_size, argvs)
+    curves = {name: quick.curve(name)[HALF:] for _, name in cases}
     assert len(curves) == 37
     assert_same(curves, expected[HALF:])
+
+
+def largest_difference(mine: Curve, other: Curve) -> float:
+    """Of the losses of the second half."""
+    return max(abs(a[0] - b[0]) for a, b in zip(mine[HALF:], other[HALF:], strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_8bit_moments_and_another_precision_open_anywhere(runs: Runs) -> None:
+    """Blocks of 256 moments are cut elsewhere under another layout, and so are rounded once more. That, and a change
+    between the optimizers or precisions, moves the losses by no more than training with the coarser one throughout.
+    """
+    spread, eight, bf16 = (
+        ("--moe.ep_size", "2", "--checkpoint.every", str(HALF)),
+        ("--optim.name", "adamw8bit"),
+        ("bf16.enabled=true",),
+    )
+    whole = {
+        "exact": resumable(runs, "exact", 4, stage=3, extra=spread),
+        "8bit": resumable(runs, "8bit", 4, stage=3, extra=(*spread, *eight)),
+        "bf16": resumable(runs, "bf16", 4, stage=3, extra=spread, ds=bf16),
+    }
+    runs.run(4, whole)
+    cases: dict[str, tuple[str, str, dict[str, object]]] = {
+        "8bit-zero1": ("8bit", "8bit", {"stage": 1, "extra": eight}),
+        "8bit-zero3-ep2": ("8bit", "8bit", {"stage": 3, "extra": (*eight, "--moe.ep_size", "2")}),
+        "8bit-into-exact": ("8bit", "8bit", {"stage": 2}),
+        "exact-into-8bit": ("exact", "8bit", {"stage": 3, "extra": eight}),
+        "exact-into-bf16": ("exact", "bf16", {"stage": 3, "ds": bf16}),
+        "bf16-into-exact": ("bf16", "bf16", {"stage": 1}),
+    }
+    argvs = {}
+    for name, (source, _, how) in cases.items():
+        start_from(runs.folder / source, HALF, runs.folder / name)
+        argvs[name] = [*resumable(runs, name, 2, **how), "--resume", "must"]
+    runs.run(2, argvs)
+    for name, (source, coarser, _) in cases.items():
+        off = largest_difference(runs.curve(name), runs.curve(source))
+        allowed = largest_difference(runs.curve(coarser), runs.curve("exact"))
+        print(f"{name}: {off:.2e}, {coarser} throughout: {allowed:.2e}")
+        assert 0 < off <= allowed, name
 
 
 def start_from(run: Path, step: int, into: Path) -> None:

@@ -110,7 +110,7 @@ def test_runs_that_are_beyond_help_and_runs_that_are_not(runs: Runs) -> None:
         "spike": case(runs.argv("spike", 2, stage=3, extra=spiky), spikes[0]),
         "spikes": case(runs.argv("spikes", 2, stage=3, extra=(*spiky, "--faults.max_rollbacks", "1")), *spikes[:2]),
         "no-checkpoint": case(
-            runs.argv("no-checkpoint", 2, stage=3, extra=(*spiky, "--checkpoint.every", "0")), spikes[0]
+            runs.argv("no-checkpoint", 2, stage=3, extra=(*spiky, "--checkpoint.every", "100")), spikes[0]
         ),
         "collapsed": case(
             runs.argv(

@@ -1,15 +1,21 @@
-"""One training run, spread in every way that is supported, gives one curve."""
+"""One training run, spread in every way that is supported, gives one curve: 20 losses and global gradient norms."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from tests.curves import STEPS, Curve, Runs, assert_same
+from moe_scale.config import MoEConfig
+from moe_scale.moe.backends.support import unsupported
+from tests.curves import STEPS, CharacterRuns, Curve, Runs, assert_same
+
+BACKENDS: tuple[Any, ...] = ("custom", "deepspeed", "autoep")
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    return Runs(tmp_path_factory.mktemp("runs"))
+    return CharacterRuns(tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture(scope="module")
@@ -17,34 +23,85 @@ def one_rank(runs: Runs) -> Curve:
     """The curve of one rank without any sharding, against which all others are held."""
     curve = runs.train(1, {"one": runs.argv("one", 1, stage=0)})["one"]
     assert len(curve) == STEPS
-    assert curve[0][0] > curve[-1][0], "the model must learn something for its curve to say something"
+    assert curve[0][0] - 0.3 > curve[-1][0], "the model must learn something for its curve to say something"
     return curve
 
 
-def test_zero_stages_and_backends_on_two_ranks(runs: Runs, one_rank: Curve) -> None:
-    cases = {f"zero{stage}": runs.argv(f"zero{stage}", 2, stage=stage) for stage in range(4)}
-    for backend in ("custom", "deepspeed", "autoep"):
-        for ep_size in (1, 2):
-            name = f"{backend}-ep{ep_size}"
-            flags = ("--moe.backend", backend, "--moe.ep_size", str(ep_size))
-            cases[name] = runs.argv(name, 2, stage=3, extra=flags)
-    cases["custom-ep2-built-whole"] = runs.argv(
-        "custom-ep2-built-whole", 2, stage=3, extra=("--moe.ep_size", "2", "--zero_init", "false")
-    )
-    for stage in (1, 2):
-        name = f"autoep-ep2-zero{stage}"
-        cases[name] = runs.argv(name, 2, stage=stage, extra=("--moe.backend", "autoep", "--moe.ep_size", "2"))
-    cases["checkpointed"] = runs.argv(
-        "checkpointed", 2, stage=3, extra=("--moe.ep_size", "2", "--model.activation_checkpointing", "true")
-    )
-    assert_same(runs.train(2, cases), one_rank)
+def layouts(runs: Runs, world_size: int, construction: tuple[str, ...]) -> dict[str, list[str]]:
+    """Every backend at ZeRO 1 to 3 with every ep_size that it supports; ZeRO-3 with and without ``zero.Init``.
 
-
-@pytest.mark.parametrize("backend", ["custom", "deepspeed", "autoep"])
-def test_four_ranks(backend: str, runs: Runs, one_rank: Curve) -> None:
+    On four ranks ZeRO 1 and 2 are run with ep_size 2 alone, where experts are both spread and copied.
+    """
     cases = {}
-    for ep_size in (1, 2, 4):
-        name = f"{backend}-ep{ep_size}-world4"
-        flags = ("--moe.backend", backend, "--moe.ep_size", str(ep_size))
-        cases[name] = runs.argv(name, 4, stage=3, extra=flags)
-    assert_same(runs.train(4, cases), one_rank)
+    for backend in BACKENDS:
+        for ep_size in (size for size in (1, 2, 4) if size <= world_size):
+            for stage, built in ((1, "whole"), (2, "whole"), (3, "sharded"), (3, "whole")):
+                left_out = built not in construction or (world_size == 4 and stage < 3 and ep_size != 2)
+                moe = MoEConfig(num_experts=4, backend=backend, ep_size=ep_size)
+                if left_out or unsupported(moe, zero_stage=stage):
+                    continue
+                name = f"world{world_size}-{backend}-ep{ep_size}-zero{stage}-built-{built}"
+                flags = ("--moe.backend", backend, "--moe.ep_size", str(ep_size))
+                flags += ("--zero_init", str(built == "sharded").lower())
+                cases[name] = runs.argv(name, world_size, stage=stage, extra=flags)
+    return cases
+
+
+@pytest.mark.parametrize(
+    ("world_size", "built", "number"),
+    [(1, ("sharded", "whole"), 12), (2, ("sharded", "whole"), 20), (4, ("sharded",), 9), (4, ("whole",), 11)],
+)
+def test_every_layout_gives_the_curve_of_one_rank(
+    world_size: int, built: tuple[str, ...], number: int, runs: Runs, one_rank: Curve
+) -> None:
+    cases = layouts(runs, world_size, built)
+    assert len(cases) == number
+    assert_same(runs.train(world_size, cases), one_rank)
+
+
+RULES = (
+    "--moe.dispatch", "capacity", "--moe.capacity_factor", "0.6", "--moe.min_capacity", "1",
+    "--moe.aux_loss_weight", "0.1", "--moe.ep_size", "2",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def others(runs: Runs) -> dict[str, Curve]:
+    """More runs on two ranks, of one start."""
+    cases = {}
+    for backend in BACKENDS:
+        cases[f"zero0-{backend}"] = runs.argv(f"zero0-{backend}", 2, stage=0, extra=("--moe.backend", backend))
+    recomputed = ("--moe.ep_size", "2", "--model.activation_checkpointing", "true")
+    cases["recomputed"] = runs.argv("recomputed", 2, stage=3, extra=recomputed)
+    for rules, backend in (("moe_scale", "custom"), ("deepspeed", "custom"), ("deepspeed", "deepspeed")):
+        name, flags = f"{backend}-by-{rules}", ("--moe.conventions", rules, "--moe.backend", backend)
+        cases[name] = runs.argv(name, 2, stage=3, extra=(*RULES, *flags))
+    return runs.train(2, cases)
+
+
+def test_zero_0_and_recomputation_give_the_curve_of_one_rank(others: dict[str, Curve], one_rank: Curve) -> None:
+    assert_same({name: curve for name, curve in others.items() if "-by-" not in name}, one_rank)
+
+
+def test_backends_by_deepspeeds_conventions_give_one_curve(others: dict[str, Curve]) -> None:
+    """Its capacity, drops and balancing loss, in it and in the custom layer, with experts on both ranks."""
+    assert_same({"custom": others["custom-by-deepspeed"]}, others["deepspeed-by-deepspeed"])
+    gap = abs(others["custom-by-moe_scale"][-1][0] - others["custom-by-deepspeed"][-1][0])
+    assert gap > 1e-3, "or the rules would not matter in this run"
+
+
+@pytest.mark.slow
+def test_triton_kernels_in_their_interpreter(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter is slow, so a few steps; under ZeRO-3 parameters come and go around the kernels' Function."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    few = ("--max_steps", "2", "--optim.warmup_steps", "1")
+    expected = runs.train(1, {"torch": runs.argv("torch", 1, stage=0, extra=few)})["torch"]
+    cases = {
+        name: runs.argv(name, 2, stage=3, extra=(*few, "--moe.kernels", "triton", *flags))
+        for name, flags in {
+            "ep1-checkpointed": ("--model.activation_checkpointing", "true"),
+            "ep2": ("--moe.ep_size", "2"),
+        }.items()
+    }
+    assert_same(runs.train(2, cases), expected)

@@ -11,6 +11,7 @@ Shapes: B batch, S sequence, T = B*S tokens, D model width, E experts, K experts
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -231,6 +232,65 @@ def test_no_graph_is_left_on_the_module() -> None:
         if isinstance(value, Tensor) and value.grad_fn is not None
     ]
     assert not left
+
+
+class StandInTutel:
+    """What ``deepspeed.moe`` calls of Tutel, written with torch."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def fast_cumsum_sub_one(self, mask_TE: Tensor) -> Tensor:
+        self.calls.append("cumsum")
+        return mask_TE.cumsum(dim=0) - 1
+
+    def fast_dispatcher(self, num_experts: int, capacity: int, d_model: int, dispatch_dtype: torch.dtype) -> Any:
+        self.calls.append("dispatcher")
+        return StandInDispatcher(self, num_experts)
+
+
+class StandInDispatcher:
+    def __init__(self, tutel: StandInTutel, num_experts: int):
+        self.tutel, self.num_experts = tutel, num_experts
+
+    def update(self, ids: list[Tensor], places: list[Tensor], gates: list[Tensor], capacity: int) -> None:
+        self.rows = self.num_experts * capacity
+        # A choice that goes nowhere has a negative expert; its row is one beyond the last.
+        self.slots = [torch.where(i < 0, self.rows, i.long() * capacity + p) for i, p in zip(ids, places, strict=True)]
+        self.gates = gates
+
+    def encode(self, x_TD: Tensor) -> Tensor:
+        self.tutel.calls.append("encode")
+        rows = x_TD.new_zeros(self.rows + 1, x_TD.shape[1])
+        for slots in self.slots:
+            rows = rows.index_add(0, slots, x_TD)
+        return rows[:-1]
+
+    def decode(self, rows: Tensor) -> Tensor:
+        self.tutel.calls.append("decode")
+        rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
+        return sum(rows[slots] * gates.unsqueeze(1) for slots, gates in zip(self.slots, self.gates, strict=True))
+
+
+@pytest.mark.parametrize("dispatch", ["dropless", "capacity"])
+@pytest.mark.parametrize(("top_k", "policy"), [(1, "position"), (2, "position"), (3, "probability")])
+def test_tutel_is_used_where_it_is_importable(
+    top_k: int, policy: str, dispatch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from deepspeed.moe import sharded_moe
+
+    config = dataclasses.replace(CAPACITY, top_k=top_k, drop_policy=policy, dispatch=dispatch)
+    x_BSD, plain = make_input(0), build("deepspeed", config, 0)
+    assert plain.layer.use_tutel == sharded_moe.TUTEL_INSTALLED
+    y_plain, stats_plain, gradients_plain = run(plain, x_BSD)
+    tutel = StandInTutel()
+    monkeypatch.setattr(sharded_moe, "TUTEL_INSTALLED", True)
+    monkeypatch.setattr(sharded_moe, "tutel_moe", tutel, raising=False)
+    y_BSD, stats, gradients = run(build("deepspeed", config, 0), x_BSD)
+    assert tutel.calls == [*(["cumsum"] if top_k == 1 else []), "dispatcher", "encode", "decode"]
+    torch.testing.assert_close(y_BSD, y_plain, **CLOSE)
+    assert_same_stats(stats, stats_plain)
+    assert_same_gradients(gradients, gradients_plain)
 
 
 @pytest.mark.parametrize(

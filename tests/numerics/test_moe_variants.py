@@ -15,13 +15,16 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from moe_scale.config import MoEConfig
 from moe_scale.initialization import Init
 from moe_scale.moe.experts import Experts
-from moe_scale.moe.layer import MoELayer, MoEStats
+from moe_scale.moe.layer import MoELayer, MoEStats, rows_per_expert
 from moe_scale.parallel.groups import ParallelGroups
+from tests.oracle import kept_choices
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
 D_MODEL = 5
@@ -46,10 +49,10 @@ def make_config(router: str, **changes: Any) -> MoEConfig:
     return MoEConfig(**(settings | changes))
 
 
-def make_layer(config: MoEConfig) -> MoELayer:
+def make_layer(config: MoEConfig, d_model: int = D_MODEL, seed: int = 0) -> MoELayer:
     """A layer in fp64 in which nothing that starts at zero is zero."""
-    layer = MoELayer(config, D_MODEL, ParallelGroups(), Init(0)).double()
-    generator = torch.Generator().manual_seed(1)
+    layer = MoELayer(config, d_model, ParallelGroups(), Init(seed)).double()
+    generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for tensor in itertools.chain(layer.parameters(), layer.buffers()):
             if not tensor.any():
@@ -57,10 +60,10 @@ def make_layer(config: MoEConfig) -> MoELayer:
     return layer
 
 
-def make_input(batch: int = 2, seq_len: int = 6) -> tuple[Tensor, Tensor]:
+def make_input(batch: int = 2, seq_len: int = 6, d_model: int = D_MODEL, seed: int = 2) -> tuple[Tensor, Tensor]:
     """x_BSD and token ids."""
-    generator = torch.Generator().manual_seed(2)
-    x_BSD = torch.randn(batch, seq_len, D_MODEL, generator=generator, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    x_BSD = torch.randn(batch, seq_len, d_model, generator=generator, dtype=torch.float64)
     return x_BSD.requires_grad_(), torch.randint(50_257, (batch, seq_len), generator=generator)
 
 
@@ -140,13 +143,20 @@ def reference(layer: MoELayer, x_BSD: Tensor, ids_BS: Tensor, valid_BS: Tensor |
     x_TD, num_experts = x_BSD.flatten(0, 1), config.num_experts
     valid = [True] * len(x_TD) if valid_BS is None else valid_BS.flatten().tolist()
     route = slow_route(layer, x_TD, ids_BS.flatten().tolist(), valid)
+    weights_TE, lost = route.weights_TE, 0
+    if config.dispatch == "capacity" and config.router != "expert_choice":
+        ids_TK, places = torch.tensor(route.chosen), rows_per_expert(config, len(x_TD), training=layer.training)
+        probs_TK = route.probs_TE.detach().gather(1, ids_TK)
+        kept_TK = kept_choices(ids_TK, probs_TK, torch.tensor(valid), places, config.drop_policy)
+        weights_TE = weights_TE * torch.zeros_like(weights_TE).scatter(1, ids_TK, kept_TK.to(x_TD.dtype))
+        lost = int((~kept_TK & torch.tensor(valid).unsqueeze(1)).sum())
 
     y_TD = torch.zeros_like(x_TD)
     mask_T = torch.tensor(valid, dtype=x_TD.dtype)
     for e in range(num_experts):
         biases = (None, None) if experts.down_bias is None else (experts.gate_up_bias[e], experts.down_bias[e])
         out_TD = slow_ffn(x_TD, experts.gate_up[e], experts.down[e], config.activation, biases)
-        y_TD = y_TD + (route.weights_TE[:, e] * mask_T).unsqueeze(1) * out_TD
+        y_TD = y_TD + (weights_TE[:, e] * mask_T).unsqueeze(1) * out_TD
     if layer.dense is not None:
         dense_TD = slow_ffn(x_TD, layer.dense.gate_up, layer.dense.down, config.activation, (None, None))
         if layer.mix is None:
@@ -165,8 +175,8 @@ def reference(layer: MoELayer, x_BSD: Tensor, ids_BS: Tensor, valid_BS: Tensor |
     if real and config.router not in ("hash", "expert_choice"):
         mean_E = sum((route.probs_TE[t] for t in real), torch.zeros_like(route.probs_TE[0])) / len(real)
         aux_loss = num_experts * sum((given[e] / sum(given) * mean_E[e] for e in range(num_experts)), none)
-    dropped = sum(config.top_k for t in real if not route.chosen[t])
-    return Result(y_TD, aux_loss, z_loss, given, dropped)
+    missed = sum(config.top_k for t in real if not route.chosen[t])
+    return Result(y_TD, aux_loss, z_loss, given, lost + missed)
 
 
 def assert_equals_reference(
@@ -185,6 +195,8 @@ def assert_equals_reference(
 
     generator = torch.Generator().manual_seed(3)
     direction_TD = torch.randn(expected.y_TD.shape, generator=generator, dtype=torch.float64)
+    if not layer.training:
+        return stats, {}
     wanted = {"x": x_BSD, **dict(layer.named_parameters())}
     ours, theirs = (
         torch.autograd.grad((y * direction_TD).sum() + aux + z, list(wanted.values()), materialize_grads=True)
@@ -211,6 +223,63 @@ def assert_equals_reference_at_evaluation(layer: MoELayer, x_BSD: Tensor, ids_BS
     with torch.no_grad():
         y_BSD, _ = layer(x_BSD, None, ids_BS)
         torch.testing.assert_close(y_BSD.flatten(0, 1), reference(layer, x_BSD, ids_BS, None).y_TD, **CLOSE)
+
+
+class Drawn(NamedTuple):
+    """A layer, and tokens of which some may be padding."""
+
+    config: MoEConfig
+    batch: int
+    seq_len: int
+    d_model: int
+    seed: int
+    real: float
+    """Share of tokens that are not padding."""
+    training: bool
+
+
+@st.composite
+def drawn(draw: st.DrawFn) -> Drawn:
+    router = draw(st.sampled_from(ROUTERS), label="router")
+    # A single expert likes all tokens equally: which of them it chooses is nobody's rule.
+    num_experts = draw(st.integers(2 if router == "expert_choice" else 1, 10), label="E")
+    changes = {
+        "num_experts": num_experts,
+        "top_k": draw(st.integers(1, min(4, num_experts)), label="K"),
+        "intermediate_size": draw(st.integers(1, 4), label="F"),
+        "activation": draw(st.sampled_from(ACTIVATIONS), label="activation"),
+        "expert_bias": draw(st.booleans(), label="expert_bias"),
+        "capacity_factor": draw(st.sampled_from([0.1, 0.4, 0.7, 1.0, 1.25, 3.0]), label="capacity_factor"),
+        "min_capacity": draw(st.integers(1, 3), label="min_capacity"),
+        "drop_policy": draw(st.sampled_from(["position", "probability"]), label="drop_policy"),
+        **draw(st.sampled_from([{}, {"residual": True}, {"shared_intermediate_size": 3}]), label="dense half"),
+    }
+    if router in ("softmax", "sigmoid"):
+        changes["renormalize"] = draw(st.booleans(), label="renormalize")
+    if router != "expert_choice":
+        changes["dispatch"] = draw(st.sampled_from(["dropless", "capacity"]), label="dispatch")
+    made = make_config(router, **changes)
+    assert made.problems("moe") == []
+    return Drawn(
+        made,
+        draw(st.integers(1, 3), label="B"),
+        draw(st.integers(1, 7), label="S"),
+        draw(st.integers(1, 6), label="D"),
+        draw(st.integers(0, 2**16), label="seed"),
+        draw(st.sampled_from([1.0, 1.0, 0.6, 0.0]), label="real"),
+        draw(st.sampled_from([True, True, False]), label="training"),
+    )
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(drawn())
+def test_any_layer_equals_the_reference(case: Drawn) -> None:
+    """Shapes, routers, capacities, padding and empty experts, as hypothesis draws them."""
+    layer = make_layer(case.config, case.d_model, case.seed).train(case.training)
+    x_BSD, ids_BS = make_input(case.batch, case.seq_len, case.d_model, case.seed)
+    generator = torch.Generator().manual_seed(case.seed)
+    valid_BS = None if case.real == 1 else torch.rand(case.batch, case.seq_len, generator=generator) < case.real
+    assert_equals_reference(layer, x_BSD, ids_BS, valid_BS)
 
 
 @pytest.mark.parametrize("half", [{"shared_intermediate_size": 7}, {"residual": True}])

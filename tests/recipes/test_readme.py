@@ -16,10 +16,11 @@ from moe_scale.parallel import launch as launches
 from moe_scale.train.recipe import prepare_job
 from recipes.lm_16l import RECIPE
 from tests.ranks import REPO, free_port
+from tests.unit.checkpoint.builders import small_config, write_checkpoint
 
 BLOCKS = re.findall(r"```bash\n(.*?)```", (REPO / "README.md").read_text(), flags=re.DOTALL)
 COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line.strip()]
-GPU_RANKS = {"--num_gpus 8": (8, 8), "hostfiles/2x8": (16, 8), "srun": (16, 8), "zero3_1gpu": (1, 1)}
+GPU_RANKS = {"--num_gpus 8": (8, 8), "hostfiles/2x8": (16, 8), "srun": (16, 8), "sbatch": (16, 8), "zero3_1gpu": (1, 1)}
 """What marks a command as one for GPUs, and the ranks (in all, a node) that it starts."""
 
 
@@ -44,7 +45,7 @@ def test_command_for_gpus_passes_every_check(command: str, monkeypatch: pytest.M
     monkeypatch.setattr(launches, "detect", lambda: launches.Launch(0, world_size, 0, per_node, "env"))
     monkeypatch.setattr(devices, "detect", lambda: devices.Device("cuda", "NVIDIA H100", bf16=True, fp16=True))
     words = shlex.split(command)
-    recipe = next(n for n, word in enumerate(words) if word.startswith("recipes/"))
+    recipe = max(n for n, word in enumerate(words) if word.startswith("recipes/"))  # after the batch script
     for word in words:
         if word.startswith(("hostfiles/", "ds_configs/", "recipes/")):
             assert (REPO / word).is_file(), word
@@ -58,7 +59,12 @@ def test_command_for_a_cpu_runs(command: str, tiny_flags: list[str], tmp_path: P
     flags = shlex.join([*tiny_flags, "--max_steps", "2", "--output_dir", str(tmp_path / "run")])
     if "--print_config" in command:
         flags = ""
-    if command.startswith("moe-scale bench"):
+    if command.startswith("moe-scale bench-checkpoint"):
+        flags += " --rounds 1 --steps 1"
+    elif command.startswith("moe-scale reshard"):
+        write_checkpoint(tmp_path / "run", small_config(tmp_path))
+        command, flags = command.replace("runs/lm_16l lm_16l-weights", f"{tmp_path}/run {tmp_path}/weights"), ""
+    elif command.startswith("moe-scale bench"):
         flags = "--tokens 32 --d_model 32 --intermediate_size 16 --num_experts 4 --rounds 1 --warmup 0"
         flags += f" --output_dir {tmp_path}"
     if command.startswith("make"):
@@ -84,6 +90,10 @@ def test_command_for_a_cpu_runs(command: str, tiny_flags: list[str], tmp_path: P
     assert "Traceback" not in done.stderr
     if "compare" in command:
         assert (tmp_path / "run" / "compare.json").is_file()
+    elif "bench-checkpoint" in command:
+        assert (tmp_path / "run" / "bench_checkpoint.json").is_file()
+    elif "reshard" in command:
+        assert (tmp_path / "weights" / "index.json").is_file()
     elif "recipes/" in command and "--print_config" not in command:
         assert (tmp_path / "run" / "metrics.jsonl").is_file()
     if command.startswith("make") and " train " in command:

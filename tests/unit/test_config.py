@@ -53,6 +53,26 @@ def test_moe(changes: dict[str, Any], expected: list[str]) -> None:
     assert text(MoEConfig(**changes).problems("moe")) == expected
 
 
+@pytest.mark.parametrize(
+    ("changes", "where"),
+    [
+        ({}, []),
+        ({"top_k": 4, "dispatch": "capacity"}, ["moe.drop_policy"]),
+        ({"top_k": 4, "dispatch": "capacity", "drop_policy": "probability"}, []),
+        ({"top_k": 2, "dispatch": "capacity", "drop_policy": "probability"}, ["moe.drop_policy"]),
+        ({"top_k": 4}, []),
+        ({"top_k": 1, "renormalize": False}, []),
+        ({"router": "sigmoid", "aux_loss_scope": "sequence", "renormalize": False},
+         ["moe.router", "moe.aux_loss_scope", "moe.renormalize"]),
+    ],
+)  # fmt: skip
+def test_deepspeeds_conventions_leave_no_choice_of_some_settings(changes: dict[str, Any], where: list[str]) -> None:
+    found = MoEConfig(conventions="deepspeed", **changes).problems("moe")
+    assert [problem.where for problem in found] == where
+    assert all("moe.conventions moe_scale" in problem.allowed for problem in found)
+    assert MoEConfig(**changes).problems("moe") == []
+
+
 def test_moe_reports_both_at_once() -> None:
     assert len(MoEConfig(top_k=9, num_experts=8, ep_size=3).problems("here")) == 2
 

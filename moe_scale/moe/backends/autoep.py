@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from moe_scale.config import MoEConfig
 from moe_scale.initialization import Init
-from moe_scale.moe.dispatch import combine_rows, gather_rows, plan_dispatch
+from moe_scale.moe.dispatch import plan_dispatch
 from moe_scale.moe.experts import Experts
 from moe_scale.moe.layer import MoEStats, SparseLayer, make_stats
 from moe_scale.moe.placement import Placement, Stretch, experts_of, whole
@@ -56,8 +56,7 @@ class _Block(nn.Module):
         config, x_TD = self.config, x_BSD.reshape(-1, x_BSD.shape[-1])
         routing = softmax_top_k(self.router(x_TD), config.top_k, renormalize=config.renormalize)
         plan = plan_dispatch(routing.ids_TK, routing.weights_TK, config.num_experts)
-        rows_ND = self.experts(gather_rows(x_TD, plan), plan.counts_E)
-        return combine_rows(rows_ND, plan, len(x_TD)).view_as(x_BSD)
+        return self.experts(x_TD, plan.counts_E, plan).view_as(x_BSD)
 
 
 class AutoEPMoE(SparseLayer):

@@ -2,8 +2,9 @@
 
 DeepSpeed's engine refuses its own class ``MoE`` under ZeRO-3. What it wraps, ``MOELayer`` over a ``TopKGate`` and
 ``Experts``, runs there once the experts are marked as :mod:`moe_scale.parallel.zero` says, so those are built here
-directly. Routing decisions, capacity, drops, data movement and expert evaluation are DeepSpeed's; the losses and
-statistics are computed from the same router scores as in every other backend, so that runs can be compared.
+directly. Routing decisions, drops, data movement and expert evaluation are DeepSpeed's; the losses and statistics are
+computed from the same router scores as in every other backend, so that runs can be compared. With ``moe.conventions
+deepspeed`` its capacity, its drops of top-1 and its balancing loss, which counts padding, are left to it as well.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from moe_scale.config import MoEConfig
 from moe_scale.initialization import Init
+from moe_scale.moe.conventions import deepspeed_top_k
 from moe_scale.moe.dispatch import capacity
 from moe_scale.moe.experts import activate, expert_stds
 from moe_scale.moe.layer import MoEStats, SparseLayer, make_stats
@@ -28,7 +30,7 @@ from moe_scale.parallel.zero import full_shape, has_tutel, mark_expert_parameter
 
 
 class _Gate(TopKGate):
-    """DeepSpeed's gate, which hands out its router scores in the place of its auxiliary loss."""
+    """DeepSpeed's gate, which hands out its router scores and its choices together with its auxiliary loss."""
 
     def __init__(self, config: MoEConfig, d_model: int, init: Init):
         super().__init__(
@@ -42,6 +44,7 @@ class _Gate(TopKGate):
             use_rts=False,
             top2_2nd_expert_sampling=False,  # random choices, on by default; a comparison needs none
         )
+        self.own_rules = config.conventions == "deepspeed"
         self.wg = Router(
             d_model, config.num_experts, init, config.router_init_scale
         )  # the seeded weight; the gate reads wg.weight alone
@@ -52,14 +55,20 @@ class _Gate(TopKGate):
         logits_TE = self.wg(input)
         factor = self.capacity_factor if self.training else self.eval_capacity_factor
         num_tokens, num_experts = logits_TE.shape
-        places = capacity(num_tokens, self.k, num_experts, factor, self.min_capacity) if self.drop_tokens else 0
-        # Capacity is counted here, in whole numbers: DeepSpeed's fp32 product can land one above a whole share.
+        if self.own_rules:
+            # top1gating refuses a minimum above T, as generation from a short prompt has; it drops nothing either way.
+            places = min(self.min_capacity, num_tokens)
+        else:
+            # Counted here, in whole numbers: DeepSpeed's fp32 product can land one above a whole share.
+            places = capacity(num_tokens, self.k, num_experts, factor, self.min_capacity) if self.drop_tokens else 0
+            factor = 0.0
         if self.k == 1:
             # Asked to drop, top1gating keeps an arbitrary choice of the tokens; undropped, it numbers them in order.
+            drop = self.drop_tokens and self.own_rules
             routes = top1gating(
-                logits_TE, 0.0, 0, used_token, None, False, self.use_rts, self.ep_group, sparse_routes, use_tutel
+                logits_TE, factor, places, used_token, None, drop, self.use_rts, self.ep_group, sparse_routes, use_tutel
             )
-            if self.drop_tokens:
+            if self.drop_tokens and not drop:
                 aux, _, _, ids_KT, places_KT, gates_KT, counts = routes
                 over_KT = places_KT >= places
                 routes = (
@@ -74,7 +83,7 @@ class _Gate(TopKGate):
         elif self.k == 2:
             routes = top2gating(
                 logits_TE,
-                0.0,
+                factor,
                 places,
                 self.drop_tokens,
                 self.ep_group,
@@ -85,13 +94,13 @@ class _Gate(TopKGate):
             routes = topkgating(
                 logits_TE,
                 self.k,
-                0.0,
+                factor,
                 places,
                 self.drop_tokens,
                 self.ep_group,
                 sparse_routes=sparse_routes,
             )
-        return ((logits_TE, routes[3]), *routes[1:])
+        return ((logits_TE, routes[3], routes[0]), *routes[1:])
 
 
 class _Expert(nn.Module):
@@ -153,13 +162,21 @@ class DeepSpeedMoE(SparseLayer):
         config, layer = self.config, self.layer
         y_BSD = layer(x_BSD, None)
         # DeepSpeed leaves what it measured on the module; take it off, so that no graph outlives its step.
-        logits_TE, routes_KT = layer.l_aux
+        logits_TE, routes_KT, own_aux_loss = layer.l_aux
         layer.l_aux = layer.exp_counts = None
         valid_T = None if valid_BS is None else valid_BS.reshape(-1)
-        routing = softmax_top_k(logits_TE, config.top_k, renormalize=config.renormalize)
+        as_deepspeed = config.conventions == "deepspeed"
+        routing = (
+            deepspeed_top_k(logits_TE, config.top_k)
+            if as_deepspeed
+            else softmax_top_k(logits_TE, config.top_k, renormalize=config.renormalize)
+        )
         lost_KT = routes_KT < 0
         dropped = lost_KT.sum() if valid_T is None else (lost_KT & valid_T).sum()
-        return y_BSD, make_stats(config, routing, dropped, len(x_BSD), valid_T), self.run_dense(x_BSD)
+        stats = make_stats(config, routing, dropped, len(x_BSD), valid_T)
+        if as_deepspeed:
+            stats = stats._replace(aux_loss=own_aux_loss)
+        return y_BSD, stats, self.run_dense(x_BSD)
 
     def placements(self) -> dict[str, Placement]:
         gate, experts = "layer.gate.wg.weight", "layer.experts.deepspeed_experts"

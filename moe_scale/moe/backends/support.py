@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from moe_scale.config import MoEConfig
+import os
+from importlib.util import find_spec
+
+from moe_scale.config import MoEConfig, show
 from moe_scale.errors import Problem
 
 CUSTOM_ONLY = {
+    "kernels": "auto",
     "router": "softmax",
     "router_temperature": 1.0,
     "router_jitter": 0.0,
@@ -14,6 +18,9 @@ CUSTOM_ONLY = {
 }
 """Settings that only the custom backend follows, with the value that the others have."""
 
+TORCH_ONLY = {"expert_bias": False, "expert_dropout": 0.0}
+"""Settings that the Triton kernels do not follow, with the value that they have."""
+
 
 def unsupported(config: MoEConfig, *, zero_stage: int, on_cpu: bool = True) -> list[Problem]:
     """What ``config.backend`` cannot do of what is asked, each with the backend that can."""
@@ -21,12 +28,15 @@ def unsupported(config: MoEConfig, *, zero_stage: int, on_cpu: bool = True) -> l
     if not config.enabled:
         return found
     backend, where = config.backend, "moe.backend"
-    if not on_cpu and backend != "deepspeed" and config.intermediate_size % 8:
+    if config.kernels == "triton" and backend == "custom":
+        found += _triton_problems(config, on_cpu)
+    elif not on_cpu and backend != "deepspeed" and config.intermediate_size % 8:
         found.append(
             Problem(
                 "moe.intermediate_size",
                 f"{config.intermediate_size}",
-                "the grouped matrix product of a GPU wants rows of 16 bytes: choose a multiple of 8",
+                "the grouped matrix product of a GPU wants rows of 16 bytes: choose a multiple of 8, or moe.backend "
+                "deepspeed",
             )
         )
     if backend != "custom":
@@ -36,8 +46,8 @@ def unsupported(config: MoEConfig, *, zero_stage: int, on_cpu: bool = True) -> l
                 found.append(
                     Problem(
                         f"moe.{name}",
-                        f"{_show(given)} with {where} = {backend}, which has {_show(value)} alone",
-                        f"use moe.{name} {_show(value)}, or moe.backend custom",
+                        f"{show(given)} with {where} = {backend}, which has {show(value)} alone",
+                        f"use moe.{name} {show(value)}, or moe.backend custom",
                     )
                 )
     if config.ep_size > 1 and zero_stage < 3 and backend != "autoep":
@@ -49,6 +59,14 @@ def unsupported(config: MoEConfig, *, zero_stage: int, on_cpu: bool = True) -> l
             )
         )
     if backend == "autoep":
+        if config.conventions != "moe_scale":
+            found.append(
+                Problem(
+                    "moe.conventions",
+                    f"{config.conventions} with {where} = autoep, which has rules of its own",
+                    "use moe.conventions moe_scale, or moe.backend custom or deepspeed",
+                )
+            )
         if config.activation != "swiglu":
             found.append(
                 Problem(
@@ -71,7 +89,8 @@ def unsupported(config: MoEConfig, *, zero_stage: int, on_cpu: bool = True) -> l
                     "moe.ep_size", f"{config.ep_size} at ZeRO stage 0 with {where} = autoep", "use ZeRO stage 1, 2 or 3"
                 )
             )
-    if backend == "deepspeed":
+    # Asked for its own conventions, MoEConfig.problems says the same, for every backend.
+    if backend == "deepspeed" and config.conventions != "deepspeed":
         if not config.renormalize and config.top_k > 1:
             found.append(
                 Problem(
@@ -80,8 +99,7 @@ def unsupported(config: MoEConfig, *, zero_stage: int, on_cpu: bool = True) -> l
                     "use moe.renormalize true, or moe.backend custom or autoep",
                 )
             )
-        # deepspeed.moe drops by position for top-1 and top-2 and by probability beyond.
-        its_policy = "position" if config.top_k <= 2 else "probability"
+        its_policy = config.deepspeed_drop_policy
         if config.dispatch == "capacity" and config.drop_policy != its_policy:
             found.append(
                 Problem(
@@ -94,5 +112,19 @@ def unsupported(config: MoEConfig, *, zero_stage: int, on_cpu: bool = True) -> l
     return found
 
 
-def _show(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+def _triton_problems(config: MoEConfig, on_cpu: bool) -> list[Problem]:
+    found: list[Problem] = []
+    instead = "use moe.kernels torch"
+    if find_spec("triton") is None:
+        found.append(Problem("moe.kernels", "triton, which is not installed", f"install it, or {instead}"))
+    elif on_cpu and os.environ.get("TRITON_INTERPRET") != "1":  # the tests' way to run them without a GPU
+        found.append(Problem("moe.kernels", "triton on a CPU, where its kernels do not run", instead))
+    for name, value in TORCH_ONLY.items():
+        given = getattr(config, name)
+        if given != value:
+            what = f"{show(given)} with moe.kernels = triton, which has {show(value)} alone"
+            found.append(Problem(f"moe.{name}", what, f"use moe.{name} {show(value)}, or moe.kernels torch"))
+    if config.router == "expert_choice":
+        what = "expert_choice with moe.kernels = triton, which needs a fixed number of experts per token"
+        found.append(Problem("moe.router", what, f"choose another router, or {instead}"))
+    return found

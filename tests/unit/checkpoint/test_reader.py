@@ -96,7 +96,7 @@ def test_a_newer_format_says_what_to_do(damaged: Path) -> None:
     from moe_scale.checkpoint.files import read_json, write_json
 
     write_json(damaged / INDEX, {**read_json(damaged / INDEX), "format": FORMAT + 1})
-    with pytest.raises(DamagedCheckpointError, match=f"format {FORMAT + 1}, newer than {FORMAT}; install a newer"):
+    with pytest.raises(ConfigError, match=f"format {FORMAT + 1}, newer than {FORMAT}; install a newer"):
         read_index(damaged)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from moe_scale.config import MoEConfig
+from moe_scale.moe.backends import support
 from moe_scale.moe.backends.support import CUSTOM_ONLY, unsupported
 
 
@@ -36,6 +37,9 @@ from moe_scale.moe.backends.support import CUSTOM_ONLY, unsupported
         ({"backend": "autoep", "ep_size": 1}, 0, []),
         ({"backend": "autoep", "dispatch": "capacity"}, 3, ["moe.dispatch"]),
         ({"backend": "autoep", "dispatch": "capacity", "ep_size": 2}, 0, ["moe.dispatch", "moe.ep_size"]),
+        ({"backend": "custom", "conventions": "deepspeed"}, 0, []),
+        ({"backend": "deepspeed", "conventions": "deepspeed"}, 0, []),
+        ({"backend": "autoep", "conventions": "deepspeed"}, 0, ["moe.conventions"]),
     ],
 )  # fmt: skip
 def test_what_is_refused(changes: dict[str, Any], stage: int, where: list[str]) -> None:
@@ -63,9 +67,58 @@ def test_something_can_do_everything() -> None:
                 assert "moe.backend custom" in problem.allowed
 
 
+BACKENDS: tuple[Any, ...] = ("custom", "deepspeed", "autoep")
+ALL_COMBINATIONS = {
+    "router": ("softmax", "sigmoid"),
+    "router_jitter": (0.0, 0.01),
+    "expert_bias": (False, True),
+    "activation": ("swiglu", "relu"),
+    "conventions": ("moe_scale", "deepspeed"),
+    "dispatch": ("dropless", "capacity"),
+    "drop_policy": ("position", "probability"),
+    "renormalize": (True, False),
+    "top_k": (1, 2, 4),
+    "intermediate_size": (64, 60),
+    "ep_size": (1, 2),
+}
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_every_refusal_names_the_backend_that_can(stage: int, on_cpu: bool) -> None:
+    """In every combination: following the advice takes the problem away, and none is named only where none can."""
+    seen: set[str] = set()
+    for values in itertools.product(*ALL_COMBINATIONS.values()):
+        config = MoEConfig(num_experts=8, **dict(zip(ALL_COMBINATIONS, values, strict=True)))
+        if config.problems("moe"):
+            continue
+        refused = {
+            backend: {
+                p.where: p for p in unsupported(replace(config, backend=backend), zero_stage=stage, on_cpu=on_cpu)
+            }
+            for backend in BACKENDS
+        }
+        for backend, problems in refused.items():
+            for where, problem in problems.items():
+                seen.add(where)
+                _, _, advice = problem.allowed.partition("moe.backend ")
+                named = [other for other in BACKENDS if other in advice]
+                if where == "moe.ep_size" and stage == 0:
+                    assert all(where in others for others in refused.values()), "spreading experts takes ZeRO"
+                    continue
+                assert named, f"{problem}, and others can: {[b for b in BACKENDS if where not in refused[b]]}"
+                assert backend not in named
+                assert not any(where in refused[other] for other in named), str(problem)
+    expected = {f"moe.{name}" for name in ALL_COMBINATIONS if name != "top_k"}
+    expected -= {"moe.ep_size"} if stage == 3 else set()
+    expected -= {"moe.intermediate_size"} if on_cpu else set()
+    assert seen == expected, "every kind of refusal is met"
+
+
 # --- settings that only the custom backend follows
 
 OTHER_VALUES: dict[str, Any] = {
+    "kernels": "torch",
     "router": "sigmoid", "router_temperature": 2.0, "router_jitter": 0.01, "expert_bias": True, "expert_dropout": 0.1,
 }  # fmt: skip
 
@@ -119,3 +172,40 @@ def test_autoep_takes_swiglu_experts_alone(activation: Any) -> None:
     (problem,) = unsupported(replace(config, backend="autoep"), zero_stage=3)
     assert (problem.where, "deepspeed" in problem.allowed) == ("moe.activation", True)
     assert unsupported(replace(config, backend="deepspeed"), zero_stage=3) == []
+
+
+# --- the Triton kernels
+
+
+@pytest.mark.parametrize(
+    ("changes", "where"),
+    [
+        ({}, []),
+        ({"ep_size": 2, "activation": "gelu", "dispatch": "capacity", "intermediate_size": 30}, []),
+        ({"expert_bias": True}, ["moe.expert_bias"]),
+        ({"expert_dropout": 0.1}, ["moe.expert_dropout"]),
+        ({"router": "expert_choice"}, ["moe.router"]),
+        ({"expert_bias": True, "expert_dropout": 0.1}, ["moe.expert_bias", "moe.expert_dropout"]),
+    ],
+)
+def test_what_triton_kernels_refuse_on_a_gpu(
+    changes: dict[str, Any], where: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(support, "find_spec", lambda name: name)
+    config = MoEConfig(kernels="triton", **changes)
+    found = unsupported(config, zero_stage=3, on_cpu=False)
+    assert [problem.where for problem in found] == where
+    assert all("moe.kernels torch" in problem.allowed for problem in found)
+    assert unsupported(replace(config, kernels="torch"), zero_stage=3) == []
+
+
+def test_triton_kernels_want_triton_and_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = MoEConfig(kernels="triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(support, "find_spec", lambda name: name)
+    (problem,) = unsupported(config, zero_stage=3, on_cpu=True)
+    assert (problem.where, "on a CPU" in problem.what) == ("moe.kernels", True)
+    monkeypatch.setattr(support, "find_spec", lambda name: None)
+    (problem,) = unsupported(config, zero_stage=3, on_cpu=False)
+    assert "not installed" in problem.what
+    assert unsupported(replace(config, kernels="auto"), zero_stage=3, on_cpu=False) == []

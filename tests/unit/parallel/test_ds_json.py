@@ -190,10 +190,10 @@ def test_wrong_values(planned: Planner, path: str, value: Any, allowed: str) -> 
         ({"stage": 3, "cpu_offload_params": True}, "cpu_offload_params"),
         ({"stage": 0, "offload_optimizer": {"device": "cpu"}}, "offload_optimizer"),
         ({"stage": 2, "offload_param": {"device": "cpu"}}, "offload_param"),
-        ({"stage": 3, "offload_param": {"device": "nvme"}}, "offload_param.nvme_path"),
+        ({"stage": 3, "offload_param": {"device": "nvme"}}, "offload_param.device"),
         ({"stage": 0, "offload_optimizer": {"device": "none"}, "offload_param": {}}, None),
         ({"stage": 1, "offload_optimizer": {"device": "cpu"}}, None),
-        ({"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/nvme"}}, None),
+        ({"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/nvme"}}, "offload_optimizer.device"),
     ],
 )
 def test_offload(planned: Planner, zero: dict[str, Any], where: str | None) -> None:

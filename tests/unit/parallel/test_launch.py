@@ -114,12 +114,12 @@ def test_any_environment(env: dict[str, str]) -> None:
 
 # --- what torch.distributed reads ------------------------------------------------------------------------------------
 
-EXPORTED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+EXPORTED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [*EXPORTED, "LOCAL_SIZE", *(name for name in os.environ if name.startswith("SLURM_"))]:
+    for name in [*EXPORTED, *(name for name in os.environ if name.startswith("SLURM_"))]:
         monkeypatch.setenv(name, "")  # so that what the test sets is undone
         monkeypatch.delenv(name)
 
@@ -134,7 +134,8 @@ def test_export_of_one_process() -> None:
     port = int(found.pop("MASTER_PORT"))
     assert 1024 <= port < 65536
     assert found == {
-        "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
+        "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "LOCAL_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
     }  # fmt: skip
 
 
@@ -142,8 +143,8 @@ def test_export_keeps_what_a_launcher_set(monkeypatch: pytest.MonkeyPatch) -> No
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "host", "MASTER_PORT": "7"}.items():
         monkeypatch.setenv(name, value)
     assert exported(Launch(1, 2, 1, 2, "env")) == {
-        "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "host",
-        "MASTER_PORT": "7",
+        "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "LOCAL_SIZE": "2",
+        "MASTER_ADDR": "host", "MASTER_PORT": "7",
     }  # fmt: skip
 
 
