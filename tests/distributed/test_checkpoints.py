@@ -51,10 +51,16 @@ def same_ranks_cases() -> dict[str, dict[str, object]]:
     return cases
 
 
+QUICK = ("zero0-bf16", "zero1-8bit", "zero2-fp32", "zero3-fp32", "ep2-8bit", "sigmoid", "deepspeed", "autoep")
+"""Cases of the default suite, in which every state that is saved in a way of its own appears."""
+
+
+@pytest.mark.parametrize("names", [QUICK, pytest.param(None, marks=pytest.mark.long)], ids=["some", "the rest"])
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(runs: Runs) -> None:
-    cases = same_ranks_cases()
+def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(names: tuple[str, ...] | None, runs: Runs) -> None:
+    cases = {name: how for name, how in same_ranks_cases().items() if (name in QUICK) == (names is not None)}
+    assert len(cases) == (8 if names else 12)
     argvs = {name: [*resumable(runs, name, 2, **dict(how)), "--max_steps", "6"] for name, how in cases.items()}
     runs.run(2, {name: [*argv, "--checkpoint.every", "3"] for name, argv in argvs.items()})
     whole = {name: runs.curve(name) for name in cases}
@@ -109,7 +115,7 @@ def largest_difference(mine: Curve, other: Curve) -> float:
     return max(abs(a[0] - b[0]) for a, b in zip(mine[HALF:], other[HALF:], strict=True))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_8bit_moments_and_another_precision_open_anywhere(runs: Runs) -> None:
     """Blocks of 256 moments are cut elsewhere under another layout, and so are rounded once more. That, and a change
