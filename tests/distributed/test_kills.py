@@ -13,7 +13,7 @@ from tests.curves import Curve, Runs
 from tests.ranks import REPO, Ranks
 
 pytestmark = pytest.mark.slow
-PROGRESS = ("lm_16l at", "continuing from", "step ")
+PROGRESS = ("lm_16l at", "continuing from", "note: ", "step ")
 RECIPE = str(REPO / "recipes" / "lm_16l.py")
 
 

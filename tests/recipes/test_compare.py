@@ -73,7 +73,7 @@ def test_backends_side_by_side(num_ranks: int, tiny_flags: list[str], tmp_path: 
         assert 0 <= rows[name]["layer_difference"] < 1e-5
     assert rows["dense"]["layer_difference"] is None, "another layer has another output"
     parts = rows["custom"]["layer_parts"]
-    assert {"route", "plan", "gather", "experts", "combine"} <= set(parts)
+    assert {"route", "plan", "statistics", "experts"} <= set(parts)
     assert all(times["forward_ms"] > 0 for times in parts.values())
     assert all(rows["hf"][key] is None for key in ("loss", "tokens_per_s", "losses", "load"))
 
