@@ -99,10 +99,10 @@ def run(arguments: argparse.Namespace, recipe_argv: list[str]) -> list[Row]:
 
 def load_recipe(path: Path) -> Recipe:
     """The ``RECIPE`` that a recipe's file defines."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = importlib.util.spec_from_file_location(f"recipe {path.stem}", path)
     if spec is None or spec.loader is None or not path.is_file():
         raise ConfigError(Problem("recipe", f"{path} is no Python file", "for example recipes/lm_16l.py"))
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up there
     spec.loader.exec_module(module)
     if not isinstance(getattr(module, "RECIPE", None), Recipe):
         raise ConfigError(Problem("recipe", f"{path} defines no RECIPE", "for example recipes/lm_16l.py"))
