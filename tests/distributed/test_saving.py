@@ -59,7 +59,10 @@ def test_which_checkpoints_stay_and_which_are_taken_up(runs: Runs) -> None:
     assert set(saved(folder)) == {"best", "latest", *(f"step_{step:08d}" for step in steps)}
     assert (folder / "checkpoints" / "best").resolve().name == f"step_{best_step:08d}"
     assert (folder / "checkpoints" / "latest").resolve().name == "step_00000010"
-    assert read_index(folder / "checkpoints" / "latest").scores["best"] == scores[best_step]
+    assert read_index(folder / "checkpoints" / "latest").scores["best"] == {
+        "score": "eval/loss",
+        "value": scores[best_step],
+    }
 
     for name in ("auto", "must", "all", "model"):
         for step in (4, 8):
