@@ -412,7 +412,8 @@ class RunConfig(Strict):
     )
     max_time: Duration = setting(
         "",
-        "save and stop before so much time has passed since training was set up, as Slurm writes it: 90 (minutes), 1:30:00 or 2-12:00:00",
+        "save and stop before so much time has passed since the set-up of training began, as Slurm writes it: 90 "
+        "(minutes), 1:30:00 or 2-12:00:00",
     )
     seed: Seed = setting(1234, "seed of the weights, the order of the data and the sampling")
     zero_init: bool = setting(True, "with ZeRO-3: build the model sharded, so that no rank ever holds all of it")
