@@ -390,6 +390,9 @@ class TelemetryConfig(Strict):
         "Weights & Biases: auto is online with a login and off without one; offline writes to <output_dir>/wandb",
     )
     wandb_project: str = setting("moe_scale", "project of Weights & Biases")
+    rank_logs: bool = setting(
+        True, "a log of every rank's own, with its seconds by phase, warnings and errors: <output_dir>/logs/rank_*.log"
+    )
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,7 +105,12 @@ class Watchdog:
 
     Args:
         hang_s: seconds without a new step or phase after which a rank counts as stuck.
+
+    Attributes:
+        last_words: is called with what there is to say before this process is ended.
     """
+
+    last_words: Callable[[str], Any] | None = None
 
     def __init__(self, hang_s: float):
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
@@ -258,6 +264,8 @@ class Watchdog:
         first = self.rank in (0, 1) or os.environ.get("LOCAL_RANK") == "0"
         if text and first:
             print(text, file=sys.stderr, flush=True)
+        if self.last_words:
+            self.last_words(text or "all ranks stop: rank 0 says why")
         os._exit(EXIT_LOST)
 
 

@@ -29,7 +29,15 @@ _URL_LOGIN = re.compile(r"(?<=://)[^/@\s]+@")
 HIDDEN = "<hidden>"
 
 
-def snapshot(run_dir: Path, *, settings: dict, deepspeed: dict, argv: list[str], device: str | None = None) -> dict:
+def snapshot(
+    run_dir: Path,
+    *,
+    settings: dict,
+    deepspeed: dict,
+    argv: list[str],
+    device: str | None = None,
+    hosts: dict | None = None,
+) -> dict:
     """Write ``run.json`` into ``run_dir``, atomically, and return what it holds. Call on the first rank only.
 
     An earlier ``run.json`` and ``source.diff``, of the start that this one resumes, are kept as ``run.<n>.json`` and
@@ -41,6 +49,7 @@ def snapshot(run_dir: Path, *, settings: dict, deepspeed: dict, argv: list[str],
         deepspeed: the DeepSpeed JSON as it is used.
         argv: the command line.
         device: name of the device; torch is asked where it is not given.
+        hosts: where the ranks run, and how fast their links are.
 
     Raises:
         OSError: the folder cannot be written.
@@ -58,6 +67,7 @@ def snapshot(run_dir: Path, *, settings: dict, deepspeed: dict, argv: list[str],
         "host": socket.gethostname(),
         "device": device or device_name(),
         "world_size": world_size(),
+        **({"hosts": hosts} if hosts else {}),
     }
     keep_earlier(run_dir)
     if diff:

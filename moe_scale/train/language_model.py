@@ -74,6 +74,10 @@ class LanguageModelTask(Task):
             seed=self.config.seed,
         )
 
+    @property
+    def data_fingerprint(self) -> str:
+        return self.text.fingerprint
+
     def build_model(self, groups: ParallelGroups) -> DecoderLM:
         return DecoderLM(self.config.model, self.config.moe, groups, self.config.seed)
 

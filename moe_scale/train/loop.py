@@ -23,10 +23,11 @@ from moe_scale.parallel.groups import ParallelGroups
 from moe_scale.parallel.watchdog import Watchdog
 from moe_scale.settings import to_dict
 from moe_scale.telemetry.progress import Progress
+from moe_scale.telemetry.rank_log import RankLog
 from moe_scale.telemetry.sinks import MetricsLogger
 from moe_scale.telemetry.steps import StepMeter
 from moe_scale.telemetry.throughput import Throughput, mfu, peak_flops
-from moe_scale.train import checkpoint, snapshot
+from moe_scale.train import checkpoint, preflight, snapshot
 from moe_scale.train.engine import build_engine
 from moe_scale.train.faults import (
     Agreement,
@@ -45,6 +46,7 @@ from moe_scale.train.start import (
     naming_this_rank,
     open_logger,
     open_progress,
+    open_rank_log,
     prepare_data,
     stopping_together,
 )
@@ -67,9 +69,16 @@ def train(job: Job) -> None:
     zero.init_distributed()
     # The watchdog has the last word when a rank is lost, whatever signals a launcher sends to the others meanwhile.
     with Interruption() as interruption, Watchdog(hang_s=60 * config.faults.hang_minutes) as watchdog:
+        watchdog.at(0, "checking the hosts")
+        facts = preflight.check_environment(job)
         resumed = agree_on_checkpoint(job)
         groups = zero.make_groups(config.moe.ep_size if config.moe.enabled else 1)
+        watchdog.at(0, "preparing the data")
         prepare_data(job)
+        hosts = preflight.complete(facts, task.data_fingerprint, groups)
+        if launch.world_size > 1:
+            preflight.tell(job, hosts)
+        watchdog.at(0, "building the model")
         engine = build_engine(lambda: task.build_model(groups), config, job.plan, job.device)
         state = RunState(resumed[1].step, resumed[1].tokens, resumed[1].scores) if resumed else RunState(0, 0, {})
         # Of what is drawn in training (noise, jitter, dropout), and different on every rank.
@@ -82,13 +91,15 @@ def train(job: Job) -> None:
         interruption.listen()
         with (
             leaving_together(),
-            open_logger(job, state.step if resumed else None) as run.logger,
+            open_logger(job, hosts, state.step if resumed else None) as run.logger,
             open_progress(job, resumed) as run.progress,
+            open_rank_log(job) as run.rank_log,
             naming_this_rank(launch),
             run.saver,
         ):
+            watchdog.last_words = run.rank_log.last_words
             _train_steps(run)
-            watchdog.at(state.step, "summary")
+            run.at("summary")
             summary = task.summarize(engine, state.scores, job.run_dir)
             dist.barrier()
     if launch.is_main:
@@ -118,6 +129,7 @@ class Run:
 
     logger: MetricsLogger
     progress: Progress
+    rank_log: RankLog
     new_best: dict[str, Any] | None = None
     """The score of a checkpoint that is being written as the best so far."""
 
@@ -144,6 +156,11 @@ class Run:
         self.saver = checkpoint.Saver(
             job.run_dir, config.checkpoint, facts, config.optim.name, snapshot.held_bytes(engine)
         )
+
+    def at(self, phase: str) -> None:
+        """Say what this rank is about to do."""
+        self.watchdog.at(self.state.step, phase)
+        self.rank_log.at(phase)
 
     def tell(self, lines: Iterable[str]) -> None:
         """Print lines above the progress bar, on rank 0."""
@@ -207,18 +224,18 @@ def _step(run: Run, *, logged: bool) -> StepOutcome:
     losses: list[Tensor] = []
     asked_to_stop = updated = False
     for micro_step in range(job.plan.grad_accum):
-        run.watchdog.at(step, "data")
+        run.at("data")
         batch = next(job.task.batches())
-        run.watchdog.at(step, "forward")
+        run.at("forward")
         output = job.task.forward(engine, batch)
-        run.watchdog.at(step, "backward")
+        run.at("backward")
         engine.backward(output.loss)
         losses.append(output.loss.detach())
         if output.moe is not None:
             loads.append(output.moe.assignments_E.detach())
         if logged:
             meter.add(output)
-        run.watchdog.at(step, "update")
+        run.at("update")
         if micro_step < job.plan.grad_accum - 1:
             engine.step()
             continue
@@ -245,6 +262,7 @@ def _step(run: Run, *, logged: bool) -> StepOutcome:
         loss = run.agreement.mean(float(torch.stack(losses).mean()))
         spiked = updated and run.spikes.is_spike(loss)
     if logged:
+        run.rank_log.step(step, float(torch.stack(losses).mean()))
         record |= {"skipped_steps": engine.skipped_steps}
         if job.plan.precision == "fp16":
             record["loss_scale"] = zero.loss_scale(engine)
@@ -279,7 +297,7 @@ def _log(run: Run, record: dict[str, Any]) -> None:
 def _evaluate(run: Run) -> bool:
     """Score the held-out data. Returns whether it is the best so far, where ``checkpoint.save_best`` asks for that."""
     state, wanted = run.state, run.job.config.checkpoint.save_best
-    run.watchdog.at(state.step, "evaluation")
+    run.at("evaluation")
     scores = run.job.task.evaluate(run.engine)
     _settle_best(run)
     best = state.scores.get("best")
@@ -305,7 +323,7 @@ def _settle_best(run: Run) -> None:
 
 def _save(run: Run, *, best: bool) -> None:
     state = run.state
-    run.watchdog.at(state.step, "save")
+    run.at("save")
     if not best:
         _settle_best(run)
     scores = state.scores | ({"best": run.new_best} if best else {})
@@ -317,7 +335,7 @@ def _roll_back(run: Run) -> bool:
     """After a spike: back to the newest checkpoint, and on with the data after the spike. False if there is none."""
     state = run.state
     run.saver.wait()
-    run.watchdog.at(state.step, "going back")
+    run.at("going back")
     found = checkpoint.newest_intact(run.job.run_dir)
     if found is None:
         run.tell([f"warning: the loss spiked at step {state.step}, and there is no checkpoint yet to go back to"])

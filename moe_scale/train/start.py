@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,9 +18,11 @@ from moe_scale.parallel.launch import Launch
 from moe_scale.settings import to_dict
 from moe_scale.telemetry.progress import Progress
 from moe_scale.telemetry.provenance import snapshot
+from moe_scale.telemetry.rank_log import RankLog
 from moe_scale.telemetry.records import keep_earlier_metrics
 from moe_scale.telemetry.sinks import MetricsLogger
 from moe_scale.train import checkpoint
+from moe_scale.train.preflight import Preflight
 from moe_scale.train.recipe import Job
 
 
@@ -55,9 +57,23 @@ def prepare_data(job: Job) -> None:
     launch, task = job.launch, job.task
     with stopping_together():
         if launch.is_host_main:
-            task.prepare(print if launch.is_main else lambda _: None)
+            task.prepare(_say_once_who_waits(launch) if launch.is_main else lambda _: None)
     with stopping_together():
         task.open(micro_batch=job.plan.micro_batch, rank=launch.rank, world_size=launch.world_size)
+
+
+def _say_once_who_waits(launch: Launch) -> Callable[[str], None]:
+    """A printer of the preparation's lines, which are only there if something is to be done."""
+    waiting = "one process a host prepares the data; the other ranks wait" if launch.world_size > 1 else ""
+
+    def say(line: str) -> None:
+        nonlocal waiting
+        if waiting:
+            print(waiting)
+            waiting = ""
+        print(line, flush=True)
+
+    return say
 
 
 @contextmanager
@@ -75,10 +91,11 @@ def stopping_together() -> Iterator[None]:
         raise ConfigError(problems)
 
 
-def open_logger(job: Job, resumed_at: int | None) -> MetricsLogger:
+def open_logger(job: Job, found: Preflight, resumed_at: int | None) -> MetricsLogger:
     """The metrics of this start; a resumed run continues its file, any other begins one.
 
     Args:
+        found: what the ranks run on, for the record.
         resumed_at: the step of the checkpoint; None for a run that begins.
 
     Raises:
@@ -91,7 +108,14 @@ def open_logger(job: Job, resumed_at: int | None) -> MetricsLogger:
                 folders.sweep(job.run_dir)
                 if resumed_at is None:
                     keep_earlier_metrics(job.run_dir)
-                snapshot(job.run_dir, settings=settings, deepspeed=job.plan.json, argv=job.argv, device=job.device.name)
+                snapshot(
+                    job.run_dir,
+                    settings=settings,
+                    deepspeed=job.plan.json,
+                    argv=job.argv,
+                    device=job.device.name,
+                    hosts=found.record(),
+                )
             except OSError as error:
                 raise ConfigError(Problem("output_dir", f"{job.run_dir} cannot be written: {error.strerror}")) from None
     logger = MetricsLogger(
@@ -104,6 +128,24 @@ def open_logger(job: Job, resumed_at: int | None) -> MetricsLogger:
     )
     logger.truncate_after(-1 if resumed_at is None else resumed_at)
     return logger
+
+
+@contextmanager
+def open_rank_log(job: Job) -> Iterator[RankLog]:
+    """This rank's own log, in the run's folder.
+
+    Raises:
+        ConfigError: on all ranks, if any cannot write its file.
+    """
+    rank_log = RankLog(job.run_dir, job.launch.rank, enabled=job.config.telemetry.rank_logs)
+    with stopping_together():
+        try:
+            rank_log.open()
+        except OSError as error:
+            what = f"{rank_log.path} cannot be written: {error.strerror}"
+            raise ConfigError(Problem("output_dir", what, this_host_only=True)) from None
+    with rank_log:
+        yield rank_log
 
 
 def open_progress(job: Job, resumed: tuple[Path, Index] | None) -> Progress:

@@ -55,6 +55,11 @@ class Task(abc.ABC):
     def open(self, *, micro_batch: int, rank: int, world_size: int) -> None:
         """Open the prepared data on every rank."""
 
+    @property
+    @abc.abstractmethod
+    def data_fingerprint(self) -> str:
+        """Equal where the opened data is equal, wherever its files are."""
+
     @abc.abstractmethod
     def build_model(self, groups: ParallelGroups) -> nn.Module: ...
 
