@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=positive, default=15, help="counted rounds; the median is taken [%(default)s]")
     parser.add_argument("--warmup", type=not_negative, default=3, help="rounds that are not counted [%(default)s]")
     parser.add_argument("--threads", type=not_negative, default=0, help="CPU threads; 0: torch's choice [%(default)s]")
-    parser.add_argument("--output_dir", default="", help="also write bench.json and bench.md there")
+    parser.add_argument("--output_dir", default="", help="also write bench.json (rows), verdict.json and bench.md there")
     parser.add_argument(
         "--profile", action="store_true", help="with output_dir: also the operators of each layer by time"
     )
@@ -80,10 +80,11 @@ def run(arguments: argparse.Namespace) -> dict[str, list[Row]]:
     if arguments.output_dir:
         folder = Path(arguments.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "bench.json").write_text(json.dumps(results, indent=1) + "\n")
+        for name, part in (("bench", "rows"), ("verdict", "verdict")):
+            (folder / f"{name}.json").write_text(json.dumps(results[part], indent=1) + "\n")
         lines = [COLUMNS, ["---"] * len(COLUMNS), *map(_cells, rows)]
         (folder / "bench.md").write_text("".join("| " + " | ".join(line) + " |\n" for line in lines))
-        print(f"wrote bench.json and bench.md to {folder}")
+        print(f"wrote bench.json, verdict.json and bench.md to {folder}")
     return results
 
 

@@ -9,6 +9,7 @@ import os
 import re
 import secrets
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +33,7 @@ SlurmdParameters=config_overrides
 SchedulerParameters=batch_sched_delay=0,sched_interval=1
 ReturnToService=2
 KillWait=5
+SlurmdTimeout=20
 StateSaveLocation={folder}/state
 SlurmdSpoolDir=/run/slurmd
 SlurmctldPidFile=/run/slurmctld.pid
@@ -81,7 +83,7 @@ class Slurm:
             if host is self.controller:
                 host.run(["slurmctld", "-f", str(config)]).check()
             host.run(["slurmd", "-f", str(config)]).check()
-        self._wait_for_nodes()
+        self.wait_for_nodes()
 
     def submit(self, script: str, *options: str, timeout: float) -> BatchResult:
         """Run the lines of ``script`` as a batch job, from the checkout's folder, and wait for its end.
@@ -107,13 +109,44 @@ class Slurm:
             time.sleep(0.3)
         return BatchResult(*state, log.read_text(errors="replace"))
 
+    def queue(self, script: str, *arguments: str, options: tuple[str, ...], log: Path) -> str:
+        """Submit a script of the checkout, and return the job's number at once."""
+        argv = ["sbatch", "--parsable", f"--chdir={REPO}", f"--output={log}", *options, script, *arguments]
+        return self.controller.run(argv).check().output.strip()
+
+    def state(self, job: str) -> str:
+        """Slurm's word for where a job is: PENDING, RUNNING, COMPLETED and so on."""
+        return self._job(job)[0]
+
+    def start_again(self, job: str) -> None:
+        """Let a job that was queued again begin now. It would wait for two minutes.
+
+        The hosts still refuse credentials that were made in the second in which the last start was revoked, and Slurm
+        then holds the job for good.
+        """
+        time.sleep(2)
+        self.controller.run(["scontrol", "update", f"JobId={job}", "StartTime=now"]).check()
+
+    def wait_for(self, what: Callable[[], bool], job: str, log: Path, seconds: float) -> None:
+        """Wait until something is true.
+
+        Raises:
+            AssertionError: after ``seconds``, with what Slurm and the job have to say.
+        """
+        deadline = time.monotonic() + seconds
+        while not what():
+            if time.monotonic() > deadline:
+                shown = self.controller.run(["scontrol", "show", "job", job]).output
+                raise AssertionError(f"not after {seconds:.0f} s\n{shown}\n{_tail(log)}\n{self._logs()}")
+            time.sleep(0.2)
+
     def _job(self, job: str) -> tuple[str, int]:
         shown = self.controller.run(["scontrol", "--oneliner", "show", "job", job]).check().output
         found = re.search(r"\bJobState=(\w+) .*\bExitCode=(\d+):", shown)
         assert found, shown
         return found[1], int(found[2])
 
-    def _wait_for_nodes(self, seconds: float = 20.0) -> None:
+    def wait_for_nodes(self, seconds: float = 20.0) -> None:
         deadline = time.monotonic() + seconds
         idle = ["sinfo", "--noheader", "--states=idle", "--format=%D"]
         while (answer := self.controller.run(idle).output.strip()) != str(len(self.cluster.hosts)):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -32,13 +30,6 @@ def flags(runs: Runs, name: str) -> list[str]:
     return runs.argv(name, 2, stage=3, ds=("gradient_accumulation_steps=1",), extra=extra)
 
 
-def wait_for(what: Callable[[], bool], slurm: Slurm, log: Path, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < deadline, log.read_text() if log.exists() else "the job never began"
-        time.sleep(0.2)
-
-
 def steps_of(run: Path) -> int:
     path = run / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
@@ -50,17 +41,16 @@ def test_a_preempted_job_is_queued_again_and_ends_as_if_uninterrupted(slurm: Slu
     assert "held-out loss" in whole.output
 
     run, log = runs.folder / "requeued", tmp_path / "job.log"
-    argv = ["sbatch", "--parsable", f"--chdir={REPO}", f"--output={log}", *SIZE, SCRIPT, RECIPE]
-    job = slurm.controller.run([*argv, *flags(runs, "requeued")]).check().output.strip()
-    wait_for(lambda: steps_of(run) >= 5, slurm, log, 120)
+    job = slurm.queue(SCRIPT, RECIPE, *flags(runs, "requeued"), options=SIZE, log=log)
+    slurm.wait_for(lambda: steps_of(run) >= 5, job, log, 120)
     slurm.controller.run(["scancel", "--batch", "--signal=USR1", job]).check()
-    wait_for(lambda: "goes back into the queue" in log.read_text(), slurm, log, 60)
+    slurm.wait_for(lambda: "goes back into the queue" in log.read_text(), job, log, 60)
     stopped_at = steps_of(run)
     assert stopped_at < STEPS, "it was stopped in the middle"
     assert (run / "checkpoints" / "latest").exists()
-    wait_for(lambda: slurm._job(job)[0] == "PENDING", slurm, log, 60)
-    slurm.controller.run(["scontrol", "update", f"JobId={job}", "StartTime=now"]).check()  # else in two minutes
-    wait_for(lambda: slurm._job(job)[0] == "COMPLETED", slurm, log, 200)
+    slurm.wait_for(lambda: slurm.state(job) == "PENDING", job, log, 60)
+    slurm.start_again(job)
+    slurm.wait_for(lambda: slurm.state(job) == "COMPLETED", job, log, 200)
     assert "continuing from" in log.read_text()
     assert runs.curve("requeued") == runs.curve("whole")
 

@@ -51,18 +51,33 @@ def assert_clean(output: str) -> None:
     assert output.count("held-out loss") == 2, "rank 0 alone tells it: with the last step and in the summary"
 
 
-def test_deepspeed_with_a_hostfile(cluster: Cluster, runs: Launches, tmp_path: Path) -> None:
+def deepspeed_environment(cluster: Cluster, folder: Path) -> dict[str, str]:
     """pdsh takes no more than PYTHON* along: what the ranks need besides is in a file that DeepSpeed reads."""
     needed = ("PATH", "OMP_NUM_THREADS", "DS_ACCELERATOR")
-    environment = tmp_path / "deepspeed_env"
+    environment = folder / "deepspeed_env"
     environment.write_text("".join(f"{name}={cluster.environ[name]}\n" for name in needed))
+    return {"DS_ENV_FILE": str(environment)}
+
+
+def test_deepspeed_with_a_hostfile(cluster: Cluster, runs: Launches, tmp_path: Path) -> None:
+    environment = deepspeed_environment(cluster, tmp_path)
     flags = runs.flags("deepspeed", 2, *EXPERT_PARALLEL)
     argv = ["deepspeed", "--hostfile", str(cluster.hostfile()), RECIPE, *flags]
-    output = cluster.hosts[0].run(argv, {"DS_ENV_FILE": str(environment)}, timeout=120).check().output
+    output = cluster.hosts[0].run(argv, environment, timeout=120).check().output
     runs.check("deepspeed")
     assert_clean(output)
     started = [line for line in output.splitlines() if "spawned with command" in line]
     assert sorted(line.split(":")[0] for line in started) == ["n1", "n2"], "one rank on each host"
+
+
+def test_the_doctor_by_a_hostfile(cluster: Cluster, runs: Launches, tmp_path: Path) -> None:
+    """As the README starts it."""
+    environment = deepspeed_environment(cluster, tmp_path)
+    flags = runs.flags("doctor", 2, *EXPERT_PARALLEL)
+    argv = ["deepspeed", "--hostfile", str(cluster.hostfile()), "--module", "moe_scale.cli", "doctor", RECIPE, *flags]
+    output = cluster.hosts[0].run(argv, environment, timeout=120).check().output
+    assert output.count("all 2 ranks are ready for lm_16l at scale cpu") == 1, output
+    assert "expert" in output
 
 
 def test_torchrun_with_a_rendezvous(cluster: Cluster, runs: Launches, tmp_path: Path) -> None:
