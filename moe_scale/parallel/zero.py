@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import importlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.nn import Parameter
@@ -50,6 +52,7 @@ def init_distributed(timeout_minutes: float = 30.0) -> None:
     import deepspeed.ops
     from deepspeed.accelerator import get_accelerator
 
+    _leave_out_the_compiler()
     # On a CPU, DeepSpeed compiles a shared-memory collective on first use: one to two silent minutes, and a compiler
     # on PATH, for what gloo does as well at these sizes.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -71,6 +74,16 @@ def init_distributed(timeout_minutes: float = 30.0) -> None:
         raise ConfigError(
             Problem("MASTER_PORT", f"port {port} is taken", "choose another with --master_port", this_host_only=True)
         ) from None
+
+
+def _leave_out_the_compiler() -> None:
+    """Import DeepSpeed's Muon as plain functions.
+
+    ZeRO's engine imports that module whatever the optimizer is, and its functions are decorated by ``torch.compile``,
+    which loads the whole compiler: seconds at the start of every rank, for an optimizer that no run here can choose.
+    """
+    with mock.patch.object(torch, "compile", lambda function=None, **_: function or (lambda f: f)):
+        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
 
 
 def make_groups(ep_size: int) -> ParallelGroups:

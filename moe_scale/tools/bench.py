@@ -54,7 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=positive, default=15, help="counted rounds; the median is taken [%(default)s]")
     parser.add_argument("--warmup", type=not_negative, default=3, help="rounds that are not counted [%(default)s]")
     parser.add_argument("--threads", type=not_negative, default=0, help="CPU threads; 0: torch's choice [%(default)s]")
-    parser.add_argument("--output_dir", default="", help="also write bench.json (rows), verdict.json and bench.md there")
+    parser.add_argument(
+        "--output_dir", default="", help="also write bench.json (rows), verdict.json and bench.md there"
+    )
     parser.add_argument(
         "--profile", action="store_true", help="with output_dir: also the operators of each layer by time"
     )

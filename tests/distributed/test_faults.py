@@ -12,7 +12,7 @@ import pytest
 
 from moe_scale.parallel import device as devices
 from moe_scale.train.faults import EXIT_PREEMPTED
-from tests.curves import Runs
+from tests.curves import CharacterRuns, Runs
 from tests.distributed.faulty import WORKER, Case, case, run_cases
 from tests.ranks import Ended, Ranks
 
@@ -42,7 +42,7 @@ def saved(runs: Runs, name: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    return Runs(tmp_path_factory.mktemp("faults"))
+    return CharacterRuns(tmp_path_factory.mktemp("faults"))
 
 
 def bad_step_cases(runs: Runs) -> dict[str, Case]:
@@ -179,7 +179,10 @@ def test_preempted_runs_continue_to_the_bit(runs: Runs) -> None:
 
 
 def lines(ended: Ended, rank: int) -> list[str]:
-    return [line for line in ended.output[rank].splitlines() if line and not line.startswith(("step ", "lm_16l at"))]
+    """What a rank printed, from the line on that names the run, but for its progress."""
+    told = ended.output[rank].splitlines()
+    begun = next((number for number, line in enumerate(told) if line.startswith("lm_16l at ")), -1)
+    return [line for line in told[begun + 1 :] if line and not line.startswith("step ")]
 
 
 def test_a_hang_ends_by_a_list_of_where_all_are(runs: Runs) -> None:

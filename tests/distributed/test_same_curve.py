@@ -27,7 +27,7 @@ def one_rank(runs: Runs) -> Curve:
     return curve
 
 
-def layouts(runs: Runs, world_size: int, construction: tuple[str, ...]) -> dict[str, list[str]]:
+def layouts(runs: Runs, world_size: int) -> dict[str, list[str]]:
     """Every backend at ZeRO 1 to 3 with every ep_size that it supports; ZeRO-3 with and without ``zero.Init``.
 
     On four ranks ZeRO 1 and 2 are run with ep_size 2 alone, where experts are both spread and copied.
@@ -36,7 +36,7 @@ def layouts(runs: Runs, world_size: int, construction: tuple[str, ...]) -> dict[
     for backend in BACKENDS:
         for ep_size in (size for size in (1, 2, 4) if size <= world_size):
             for stage, built in ((1, "whole"), (2, "whole"), (3, "sharded"), (3, "whole")):
-                left_out = built not in construction or (world_size == 4 and stage < 3 and ep_size != 2)
+                left_out = world_size == 4 and stage < 3 and ep_size != 2
                 moe = MoEConfig(num_experts=4, backend=backend, ep_size=ep_size)
                 if left_out or unsupported(moe, zero_stage=stage):
                     continue
@@ -47,16 +47,28 @@ def layouts(runs: Runs, world_size: int, construction: tuple[str, ...]) -> dict[
     return cases
 
 
+DEFAULT = {1: "zero3-built-sharded", 2: "", 4: "ep2-zero3-built-sharded"}
+"""What is in the name of the layouts that the default suite runs; the rest is long."""
+
+
 @pytest.mark.parametrize(
-    ("world_size", "built", "number"),
-    [(1, ("sharded", "whole"), 12), (2, ("sharded", "whole"), 20), (4, ("sharded",), 9), (4, ("whole",), 11)],
+    ("world_size", "default", "number"),
+    [
+        (1, True, 3),
+        (2, True, 20),
+        (4, True, 3),
+        pytest.param(1, False, 9, marks=pytest.mark.long),
+        pytest.param(4, False, 17, marks=pytest.mark.long),
+    ],
 )
+@pytest.mark.timeout(600)
 def test_every_layout_gives_the_curve_of_one_rank(
-    world_size: int, built: tuple[str, ...], number: int, runs: Runs, one_rank: Curve
+    world_size: int, default: bool, number: int, runs: Runs, one_rank: Curve
 ) -> None:
-    cases = layouts(runs, world_size, built)
-    assert len(cases) == number
-    assert_same(runs.train(world_size, cases), one_rank)
+    cases = layouts(runs, world_size)
+    chosen = {name: argv for name, argv in cases.items() if (DEFAULT[world_size] in name) == default}
+    assert len(chosen) == number
+    assert_same(runs.train(world_size, chosen), one_rank)
 
 
 RULES = (
@@ -90,7 +102,7 @@ def test_backends_by_deepspeeds_conventions_give_one_curve(others: dict[str, Cur
     assert gap > 1e-3, "or the rules would not matter in this run"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_triton_kernels_in_their_interpreter(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter is slow, so a few steps; under ZeRO-3 parameters come and go around the kernels' Function."""
     pytest.importorskip("triton")
