@@ -83,7 +83,7 @@ class Slurm:
             if host is self.controller:
                 host.run(["slurmctld", "-f", str(config)]).check()
             host.run(["slurmd", "-f", str(config)]).check()
-        self.wait_for_nodes()
+        self._wait_for_nodes()
 
     def submit(self, script: str, *options: str, timeout: float) -> BatchResult:
         """Run the lines of ``script`` as a batch job, from the checkout's folder, and wait for its end.
@@ -146,7 +146,7 @@ class Slurm:
         assert found, shown
         return found[1], int(found[2])
 
-    def wait_for_nodes(self, seconds: float = 20.0) -> None:
+    def _wait_for_nodes(self, seconds: float = 20.0) -> None:
         deadline = time.monotonic() + seconds
         idle = ["sinfo", "--noheader", "--states=idle", "--format=%D"]
         while (answer := self.controller.run(idle).output.strip()) != str(len(self.cluster.hosts)):

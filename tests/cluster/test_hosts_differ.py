@@ -112,7 +112,7 @@ def test_other_commit_package_and_settings_on_one_host_are_refused_together(
 def test_another_data_file_on_one_host_is_refused(slurm: Slurm, runs: CharacterRuns, tmp_path: Path) -> None:
     text = runs.folder / "text.jsonl"
     last = text.read_text().splitlines()[-1]
-    other = changed_copy(text, tmp_path, last, last.replace(" ", "  ", 1))
+    other = changed_copy(text, tmp_path, last, last.replace('"}', ' the end"}'))
     with mounted(slurm.cluster.hosts[1], {other: text}):
         job = doctor(slurm, runs)
     assert (job.state, job.returncode) == ("FAILED", 2), job.output

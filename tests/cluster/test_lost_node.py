@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.cluster.slurm import Slurm
+from tests.cluster.hosts import Cluster, reason_to_skip
+from tests.cluster.slurm import TOOLS, Slurm
 from tests.curves import CharacterRuns, assert_same
 from tests.ranks import run_ranks
 
@@ -16,11 +19,20 @@ pytestmark = pytest.mark.cluster
 
 SCRIPT = "recipes/slurm/train.sbatch"
 RECIPE = "recipes/lm_16l.py"
-STEPS = 200
+FOR_EVER = 100_000
 # One node is enough, and two are better.
-SIZE = ("--nodes=1-2", "--ntasks-per-node=1", "--gpus-per-node=0", "--time=60")
+SIZE = ("--nodes=1-2", "--ntasks-per-node=2", "--gpus-per-node=0", "--time=60")
 MINUTES = 2
 TOLERANCE = 1e-4
+
+
+@pytest.fixture
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    """A Slurm for each test: what is lost here does not come back."""
+    if reason := reason_to_skip(TOOLS):
+        pytest.skip(reason)
+    with Cluster(tmp_path_factory.mktemp("cluster")) as hosts:
+        yield Slurm(hosts)
 
 
 @pytest.fixture(scope="module")
@@ -28,10 +40,19 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> CharacterRuns:
     return CharacterRuns(tmp_path_factory.mktemp("runs"))
 
 
-def flags(runs: CharacterRuns, name: str) -> list[str]:
-    """The same sequences a step for any number of ranks."""
-    steps = ("--max_steps", str(STEPS), "--checkpoint.every", "10", "--moe.ep_size", "0")
-    argv = runs.argv(name, 1, stage=3, extra=steps)
+def flags(runs: CharacterRuns, name: str, steps: int = FOR_EVER) -> list[str]:
+    """The same sequences a step for any number of ranks; experts are spread over those of a node."""
+    extra = (
+        "--max_steps",
+        str(steps),
+        "--checkpoint.every",
+        "10",
+        "--moe.ep_size",
+        "0",
+        "--optim.schedule",
+        "constant",
+    )
+    argv = runs.argv(name, 1, stage=3, extra=extra)
     argv[argv.index("gradient_accumulation_steps=4")] = "train_batch_size=8"
     return argv
 
@@ -46,7 +67,7 @@ def begin(slurm: Slurm, runs: CharacterRuns, name: str, log: Path) -> str:
     """A job on both nodes, past its first checkpoint."""
     job = slurm.queue(SCRIPT, RECIPE, *flags(runs, name), options=SIZE, log=log)
     slurm.wait_for(lambda: steps_of(runs.folder / name) >= 15, job, log, 120)
-    assert "2 x " in log.read_text(), "it runs on two nodes"
+    assert "4 x " in log.read_text(), "it runs on two nodes"
     return job
 
 
@@ -62,24 +83,24 @@ def test_a_cut_link_ends_the_job_and_names_the_host(slurm: Slurm, runs: Characte
     job = begin(slurm, runs, "cut", log)
     slurm.cluster.hosts[1].ip("link set eth0 down")
     wait_for_the_end(slurm, job, log)
-    slurm.controller.run(["scancel", job]).check()
-    assert "lost rank 1 on n2" in log.read_text() or "Node failure on n2" in log.read_text()
-    slurm.cluster.hosts[1].ip("link set eth0 up")
-    slurm.wait_for_nodes(60)
+    assert "Node failure on n2" in log.read_text() or re.search("lost rank [23] on n2", log.read_text())
 
 
 def test_a_dead_daemon_ends_the_job_which_goes_on_with_what_is_left(
     slurm: Slurm, runs: CharacterRuns, tmp_path: Path
 ) -> None:
-    run_ranks(1, [RECIPE, *flags(runs, "whole")], timeout=120)
     log, run = tmp_path / "job.log", runs.folder / "lost"
     job = begin(slurm, runs, "lost", log)
     slurm.cluster.hosts[1].run(["pkill", "-KILL", "-x", "slurmd"]).check()
     wait_for_the_end(slurm, job, log)
     assert "n2" in log.read_text()
-    assert steps_of(run) < STEPS, "it was ended in the middle"
     slurm.wait_for(lambda: slurm.state(job) == "PENDING", job, log, 60)
+    stopped_at = steps_of(run)
     slurm.start_again(job)
-    slurm.wait_for(lambda: slurm.state(job) == "COMPLETED", job, log, 200)
-    assert "1 x " in log.read_text(), "it went on with one node"
-    assert_same({"lost": runs.curve("lost")}, runs.curve("whole"), TOLERANCE, grad_norm=1e-2)
+    slurm.wait_for(lambda: steps_of(run) >= stopped_at + 15, job, log, 120)
+    slurm.controller.run(["scancel", job]).check()
+    assert "2 x " in log.read_text(), "it went on with one node"
+
+    curve = runs.curve("lost")[: stopped_at + 15]
+    run_ranks(1, [RECIPE, *flags(runs, "whole", steps=len(curve))], timeout=240)
+    assert_same({"lost": curve}, runs.curve("whole"), TOLERANCE, grad_norm=1e-2)
