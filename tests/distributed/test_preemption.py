@@ -76,13 +76,21 @@ def to_rank_1(launch: Launch) -> None:
     ranks_of(launch)[1].send_signal(signal.SIGUSR1)
 
 
+CASES = {
+    "deepspeed": (DEEPSPEED, to_the_front_then_behind, -signal.SIGTERM),
+    "one-rank": (DEEPSPEED, to_rank_1, EXIT_PREEMPTED),
+    "torchrun": (TORCHRUN, to_rank_1, 1),
+}
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("deepspeed", "one-rank"), pytest.param(("torchrun",), marks=pytest.mark.long)],
+    ids=["deepspeed", "torchrun"],
+)
 @pytest.mark.timeout(600)
-def test_signals_to_launchers(runs: Runs) -> None:
-    cases = {
-        "deepspeed": (DEEPSPEED, to_the_front_then_behind, -signal.SIGTERM),
-        "one-rank": (DEEPSPEED, to_rank_1, EXIT_PREEMPTED),
-        "torchrun": (TORCHRUN, to_rank_1, 1),
-    }
+def test_signals_to_launchers(names: tuple[str, ...], runs: Runs) -> None:
+    cases = {name: CASES[name] for name in names}
     for name, (launcher, send, expected) in cases.items():
         code, output = stop(runs, name, launcher, send)
         assert code == expected, f"{name}\n{output}"
@@ -91,10 +99,10 @@ def test_signals_to_launchers(runs: Runs) -> None:
         assert (runs.folder / name / "checkpoints" / f"step_{done:08d}").is_dir(), name
         assert done < STEPS, name
     flags = ("--moe.ep_size", "2", "--max_steps", str(STEPS), "--resume", "auto")
-    again = {name: case(runs.argv(name, 2, stage=3, extra=flags)) for name in ("whole", *cases)}
-    ends, _ = run_cases(runs, again, "again")
+    again = {name: case(runs.argv(name, 2, stage=3, extra=flags)) for name in (f"whole-{names[0]}", *cases)}
+    ends, _ = run_cases(runs, again, f"again-{names[0]}")
     assert all(end["outcome"] == "" for both in ends.values() for end in both), ends
-    whole = runs.curve("whole")
+    whole = runs.curve(f"whole-{names[0]}")
     assert len(whole) == STEPS
     for name in cases:
         assert runs.curve(name) == whole, name
