@@ -67,7 +67,8 @@ def detect(environ: Mapping[str, str] | None = None) -> Launch:
         return _consistent(Launch(rank, world, local_rank, local_world, "srun"))
     if env.get("OMPI_COMM_WORLD_SIZE", "1") != "1":
         names = ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")
-        return _consistent(Launch(*(_number(env, f"OMPI_COMM_WORLD_{name}") for name in names), "mpirun"))
+        rank, world, local_rank, local_world = (_number(env, f"OMPI_COMM_WORLD_{name}") for name in names)
+        return _consistent(Launch(rank, world, local_rank, local_world, "mpirun"))
     return Launch(0, 1, 0, 1, "none")
 
 

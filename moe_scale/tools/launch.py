@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "DS_ACCELERATOR is cpu]"
     )  # fmt: skip
     how.add_argument("--run", action="store_true", help="start it; the exit code is the launcher's")
-    how.add_argument("--node_rank", type=int, metavar="N", help="with --run and a command a host: start the Nth, from 0")
+    how.add_argument("--node_rank", type=int, metavar="N", help="with --run and a command a host: the Nth, from 0")
 
 
 def run(arguments: argparse.Namespace, settings: list[str]) -> None:

@@ -2,10 +2,11 @@
 
 What they have in common: rank 0 is on the first host, and every rank sees the settings as they were given.
 
-* ``deepspeed`` takes the first address of ``hostname -I`` for that of rank 0, whatever network it belongs to: it is told
-  the host's name. It starts the ranks of a hostfile with one host locally unless it is told ``--force_multi``.
+* ``deepspeed`` takes the first address of ``hostname -I`` for that of rank 0, whatever network it belongs to, unless it
+  is told the host's name. It starts the ranks of a hostfile with one host locally unless told ``--force_multi``.
 * pdsh and mpirun hand few variables on; the others come from a file that ``DS_ENV_FILE`` names.
-* ``deepspeed --launcher slurm`` is left out: it sets neither RANK nor the address of rank 0. ``srun`` alone needs neither.
+* pdsh hands words to a shell on each host, and DeepSpeed quotes those with a blank alone.
+* ``deepspeed --launcher slurm`` is left out: it sets neither RANK nor the address of rank 0. ``srun`` needs neither.
 """
 
 from __future__ import annotations
@@ -117,8 +118,10 @@ def deepspeed(request: Request) -> list[Command]:
         argv.append("--no_ssh_check")  # ranks of this host need no ssh, and DeepSpeed would ask for it
     elif len(request.hosts) == 1:
         argv.append("--force_multi")
-    carried = {} if local else environment(request.environ)
-    return [Command(tuple([*argv, *request.script]), request.environ if local else {}, carried=carried)]
+    if local:
+        return [Command((*argv, *request.script), request.environ)]
+    words = [through_pdsh(word) for word in request.script]
+    return [Command((*argv, *words), carried=environment(request.environ))]
 
 
 def deepspeed_openmpi(request: Request) -> list[Command]:
@@ -187,7 +190,7 @@ def srun(request: Request) -> list[Command]:
 
 def sbatch(request: Request, script: str) -> list[Command]:
     """The batch job of ``recipes/slurm/``, which starts the tasks and survives preemption."""
-    return [Command(tuple(["sbatch", *_slurm_size(request), *request.slurm, script, *request.script]), request.environ)]
+    return [Command(("sbatch", *_slurm_size(request), *request.slurm, script, *request.script), request.environ)]
 
 
 _READ_BY_SHELLS = re.compile(r'["$`\\\n]')
@@ -209,12 +212,24 @@ def environment(extra: Mapping[str, str], unsafe: re.Pattern[str] = _READ_BY_SHE
     }
     own, path = str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)
     carried["PATH"] = path if own in path.split(os.pathsep) else f"{own}{os.pathsep}{path}"
-    carried |= extra | _users_file()
+    carried |= {**extra, **_users_file()}
     for name, value in carried.items():
         if found := unsafe.search(value):
             what = f"{value!r} would reach the other hosts changed, for its {found[0]!r}"
             raise ConfigError(Problem(name, what, "unset it, or set it without that character"))
     return carried
+
+
+def through_pdsh(word: str) -> str:
+    """What ``deepspeed`` has to be given for the shells of the hosts to make this word of it.
+
+    Raises:
+        ConfigError: for a word that no quoting brings through.
+    """
+    if re.search(r"\n|%[hnu%]", word) or (" " in word and re.search(r"[$`\\]", word)):
+        what = f"{word!r} does not pass pdsh, which knows %h, %n and %u, and a shell on each host"
+        raise ConfigError(Problem("settings", what, "put it into a YAML file (--config), or use torchrun"))
+    return word if " " in word else shlex.quote(word)  # DeepSpeed puts one with a blank into double quotes
 
 
 def is_this_host(name: str) -> bool:
