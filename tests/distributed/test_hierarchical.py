@@ -28,7 +28,6 @@ def test_hierarchical_partitions_give_the_curve_of_one_rank_and_resume_to_the_bi
     cases = {
         "hpz": runs.argv("hpz", 4, stage=3, ds=HPZ, extra=SAVING),
         "offloaded": runs.argv("offloaded", 4, stage=3, ds=(*HPZ, *OFFLOAD), extra=(*SAVING, "--zero_init", "false")),
-        "deepspeed": runs.argv("deepspeed", 4, stage=3, ds=HPZ, extra=(*SAVING, "--moe.backend", "deepspeed")),
         "plain": runs.argv("plain", 4, stage=3, extra=SAVING),  # after the others: their groups are not taken for its
     }
     whole = runs.train(4, cases)
