@@ -7,7 +7,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -283,8 +282,9 @@ def started(argv: list[str], recipe: Path, environ: dict[str, str] | None = None
 
 
 def test_the_exit_code_is_the_launchers(tmp_path: Path) -> None:
-    assert started(["sh", "-c", "exit 7"], tmp_path).wait(30) == 7
-    assert started(["sh", "-c", "kill -KILL $$"], tmp_path).wait(30) == 128 + signal.SIGKILL
+    for script, code in (("exit 7", 7), ("kill -KILL $$", 128 + signal.SIGKILL)):
+        with started(["sh", "-c", script], tmp_path) as process:
+            assert process.wait(30) == code
 
 
 def test_deepspeed_finds_the_file_of_variables(tmp_path: Path) -> None:
@@ -305,13 +305,11 @@ def test_a_signal_reaches_the_ranks_and_not_the_launcher_between(tmp_path: Path)
     recipe = tmp_path / "recipe.py"
     recipe.write_text(SLOW_RANK)
     argv = ["deepspeed", "--num_accelerators", "1", "--master_port", str(free_port()), str(recipe)]
-    process = started(argv, recipe)
-    assert process.stdout
-    deadline = time.monotonic() + 60
-    while "ready" not in process.stdout.readline():
-        assert time.monotonic() < deadline
-    process.send_signal(signal.SIGUSR1)
-    assert process.wait(30) == 75
+    with started(argv, recipe) as process:
+        assert process.stdout
+        assert any("ready" in line for line in process.stdout)
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(30) == 75
 
 
 def test_a_machine_with_gpus_starts_a_rank_on_each(
