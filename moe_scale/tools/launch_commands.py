@@ -134,13 +134,13 @@ def deepspeed_openmpi(request: Request) -> list[Command]:
         raise _refuse("deepspeed-openmpi", "has no hostfile", "give one: --hostfile hostfiles/2x8")
     if request.include or request.exclude:
         raise _refuse("deepspeed-openmpi", "takes all hosts of a hostfile", "leave --include and --exclude out")
-    options = ["--allow-run-as-root"] if os.geteuid() == 0 else []
+    options = ["--bind-to", "none"]  # else a rank and the workers that read its data share one core
+    options += ["--allow-run-as-root"] if os.geteuid() == 0 else []
     if interface := request.environ.get(INTERFACE):
         options += ["--mca", "btl_tcp_if_include", interface]
     # With the =, because argparse takes a value that begins with a dash for a flag.
-    launcher_args = [f"--launcher_args={shlex.join(options)}"] if options else []
-    argv = ["deepspeed", "--hostfile", str(request.hostfile), "--launcher", "openmpi", *launcher_args]
-    argv += [*_master(request), *_forced(request), *request.script]
+    argv = ["deepspeed", "--hostfile", str(request.hostfile), "--launcher", "openmpi"]
+    argv += [f"--launcher_args={shlex.join(options)}", *_master(request), *_forced(request), *request.script]
     address, port = request.rendezvous
     carried = environment({"MASTER_ADDR": address, "MASTER_PORT": str(port), **request.environ}, unsafe=_QUOTED)
     return [Command(tuple(argv), carried=carried)]

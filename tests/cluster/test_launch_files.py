@@ -73,16 +73,19 @@ def test_four_hosts_by_deepspeed(four_hosts: Cluster, runs: Launches, tmp_path: 
     runs.check("four")
 
 
+def test_two_hosts_by_openmpi(four_hosts: Cluster, runs: Launches, tmp_path: Path) -> None:
+    if reason := reason_to_skip(("mpirun=openmpi-bin",)):
+        pytest.skip(reason)
+    flags = [*hostfile(tmp_path, 1, 1), "--launcher", "deepspeed-openmpi", "--interface", "eth0", "--run"]
+    four_hosts.hosts[0].run([*LAUNCH, *flags, *runs.settings("openmpi", 2)], timeout=150).check()
+    runs.check("openmpi")
+
+
 def test_commands_of_torchrun_and_accelerate_as_printed(four_hosts: Cluster, runs: Launches, tmp_path: Path) -> None:
     """Hosts of two sizes by torchrun, of one by accelerate: each host gets the line that is printed for it."""
     two = four_hosts.hosts[:2]
-    mixed = runs.argv(
-        "torchrun", 4, stage=3, ds=(), extra=("--max_steps", str(STEPS), "--moe.ep_size", "4", "--zero_init", "false")
-    )
-    for launcher, slots, settings in (
-        ("torchrun", (3, 1), mixed),
-        ("accelerate", (1, 1), runs.settings("accelerate", 2)),
-    ):
+    for launcher, slots in (("torchrun", (3, 1)), ("accelerate", (1, 1))):
+        settings = runs.settings(launcher, sum(slots))
         argv = [*LAUNCH, *hostfile(tmp_path, *slots), "--launcher", launcher, "--interface", "eth0", *settings]
         lines = by_host(two[0].run(argv, timeout=60).check().output)
         assert list(lines) == ["n1", "n2"]

@@ -140,7 +140,7 @@ def test_openmpi_is_told_where_rank_0_is(capsys: pytest.CaptureFixture[str], mon
     written, command = commands(printed(capsys, RECIPE, *flags))
     assert "MASTER_ADDR=node-1 MASTER_PORT=29500 MOE_SCALE_INTERFACE=ib0" in written
     words = shlex.split(command)
-    assert "--launcher_args=--allow-run-as-root --mca btl_tcp_if_include ib0" in words
+    assert "--launcher_args=--bind-to none --allow-run-as-root --mca btl_tcp_if_include ib0" in words
     assert words[words.index("--launcher") + 1] == "openmpi"
 
 
