@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from moe_scale import cli
 from tests.cluster.hosts import Cluster, Command, Host, reason_to_skip
 from tests.cluster.slurm import Slurm
 from tests.curves import CharacterRuns, Runs, assert_same
@@ -81,13 +82,16 @@ def test_two_hosts_by_openmpi(four_hosts: Cluster, runs: Launches, tmp_path: Pat
     runs.check("openmpi")
 
 
-def test_commands_of_torchrun_and_accelerate_as_printed(four_hosts: Cluster, runs: Launches, tmp_path: Path) -> None:
+def test_commands_of_torchrun_and_accelerate_as_printed(
+    four_hosts: Cluster, runs: Launches, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Hosts of two sizes by torchrun, of one by accelerate: each host gets the line that is printed for it."""
     two = four_hosts.hosts[:2]
     for launcher, slots in (("torchrun", (3, 1)), ("accelerate", (1, 1))):
         settings = runs.settings(launcher, sum(slots))
-        argv = [*LAUNCH, *hostfile(tmp_path, *slots), "--launcher", launcher, "--interface", "eth0", *settings]
-        lines = by_host(two[0].run(argv, timeout=60).check().output)
+        how = [*hostfile(tmp_path, *slots), "--launcher", launcher, "--interface", "eth0", "--device", "cpu"]
+        cli.main(["launch", RECIPE, *how, *settings])
+        lines = by_host(capsys.readouterr().out)
         assert list(lines) == ["n1", "n2"]
         for command in [type_in(host, lines[host.name]) for host in two]:
             command.wait(150).check()
