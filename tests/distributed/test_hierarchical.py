@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.curves import STEPS, CharacterRuns, Runs, assert_same
+from tests.curves import CharacterRuns, Runs, assert_same
 
+STEPS = 10
 HPZ = ("zero_optimization.zero_hpz_partition_size=2",)
 OFFLOAD = ("zero_optimization.offload_optimizer.device=cpu", "zero_optimization.offload_param.device=cpu")
-SAVING = ("--optim.schedule", "constant", "--checkpoint.every", str(STEPS // 2))
+SAVING = ("--max_steps", str(STEPS), "--optim.schedule", "constant", "--checkpoint.every", str(STEPS // 2))
 HALFWAY = Path("checkpoints") / f"step_{STEPS // 2:08d}"
 LAST = Path("checkpoints") / f"step_{STEPS:08d}"
 
@@ -22,6 +23,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_hierarchical_partitions_give_the_curve_of_one_rank_and_resume_to_the_bit(runs: Runs) -> None:
     """Four ranks, as two nodes of two. The copies that hpZ keeps are no part of a checkpoint, and have to follow it."""
     one = runs.train(1, {"one": runs.argv("one", 1, stage=0, extra=SAVING)})["one"]
