@@ -8,14 +8,14 @@ from typing import Any
 
 from moe_scale.telemetry.quiet import quiet
 
-TAKE_A_RECIPE = ("compare", "bench-checkpoint", "doctor")
+TAKE_A_RECIPE = ("compare", "bench-checkpoint", "doctor", "launch")
 """Tools that hand what they do not know to the recipe that they are given."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the tool that the command line names."""
     quiet()
-    from moe_scale.tools import bench, bench_checkpoint, compare, doctor, reshard
+    from moe_scale.tools import bench, bench_checkpoint, compare, doctor, launch, reshard
     from moe_scale.train.recipe import exit_codes
 
     modules: dict[str, Any] = {
@@ -23,6 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "bench-checkpoint": bench_checkpoint,
         "compare": compare,
         "doctor": doctor,
+        "launch": launch,
         "reshard": reshard,
     }
     parser = argparse.ArgumentParser(prog="moe-scale", description="Tools around training mixture-of-experts models.")

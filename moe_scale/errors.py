@@ -87,11 +87,11 @@ def exit_on_config_error() -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        if _env_int("RANK", "SLURM_PROCID") == 0:
+        if _env_int("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK") == 0:
             print(format_problems(error.problems), file=sys.stderr, flush=True)
         else:
             local = [p for p in error.problems if p.this_host_only]
-            if local and _env_int("LOCAL_RANK", "SLURM_LOCALID") == 0:
+            if local and _env_int("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK") == 0:
                 print(format_problems(local, socket.gethostname()), file=sys.stderr, flush=True)
             # A launcher kills all ranks as soon as one has left; give the one that speaks the time to do so.
             time.sleep(GRACE_SECONDS)

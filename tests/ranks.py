@@ -29,6 +29,13 @@ class Ended:
     codes: list[int | None]
     output: list[str]
 
+    def told(self, rank: int) -> list[str]:
+        """The lines of a rank, from the one on that names the run, but for its progress and notes."""
+        lines = self.output[rank].splitlines()
+        begun = next((number for number, line in enumerate(lines) if line.startswith("lm_16l at ")), -1)
+        usual = ("step ", "note: ", "continuing from ")
+        return [line for line in lines[begun + 1 :] if line and not line.startswith(usual)]
+
     def __str__(self) -> str:
         return f"{self.codes}" + "".join(f"\n--- rank {n}\n{text[-4000:]}" for n, text in enumerate(self.output))
 

@@ -17,6 +17,12 @@ from typing import Any, Literal
 from moe_scale.config import RunConfig
 from moe_scale.errors import Problem
 from moe_scale.parallel.device import Device
+from moe_scale.parallel.ds_combinations import (
+    hierarchical_problems,
+    offload_problems,
+    parallelism_problems,
+    quantization_problems,
+)
 from moe_scale.parallel.launch import Launch
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -122,10 +128,14 @@ def plan(config: RunConfig, launch: Launch, device: Device) -> tuple[DeepSpeedPl
     if not isinstance(stage, int) or isinstance(stage, bool) or not 0 <= stage <= 3:
         problems.append(Problem(f"{where}: zero_optimization.stage", f"{stage!r}", "choose 0, 1, 2 or 3"))
         stage = 0
-    problems += _zero_section_problems(zero) or _offload_problems(zero, stage)
+    wrong_values = _zero_section_problems(zero)
+    problems += wrong_values
+    if not wrong_values:
+        problems += offload_problems(zero, stage) + hierarchical_problems(zero, stage, launch)
+        problems += quantization_problems(zero, stage, device)
+    problems += parallelism_problems(config, {} if wrong_values else zero, launch)
     precision = _precision(raw, device, problems)
     micro_batch, grad_accum = _batch(raw, launch, problems)
-    problems += _parallelism(config, stage, zero, launch)
 
     resolved = copy.deepcopy(raw)
     resolved["train_micro_batch_size_per_gpu"] = micro_batch
@@ -236,26 +246,6 @@ def _zero_section_problems(zero: dict[str, Any]) -> list[Problem]:
     return []
 
 
-def _offload_problems(zero: dict[str, Any], stage: int) -> list[Problem]:
-    """What DeepSpeed's schema lets through and its engine then trips over or ignores."""
-    where, found = "deepspeed_config: zero_optimization", []
-    for old, new in (("cpu_offload", "offload_optimizer"), ("cpu_offload_params", "offload_param")):
-        if zero.get(old):
-            instead = f'write "{new}": {{"device": "cpu"}}'
-            found.append(Problem(f"{where}.{old}", "DeepSpeed has replaced this key", instead))
-    for name, stages in (("offload_optimizer", (1, 2, 3)), ("offload_param", (3,))):
-        section = zero.get(name) or {}
-        if section.get("device", "none") == "none":
-            continue
-        if stage not in stages:
-            needed = " or ".join(map(str, stages))
-            found.append(Problem(f"{where}.{name}", f"without effect at stage {stage}", f"needs stage {needed}"))
-        if section["device"] == "nvme":
-            what = "nvme: a checkpoint cannot be taken of what is swapped out to a file"
-            found.append(Problem(f"{where}.{name}.device", what, "use cpu"))
-    return found
-
-
 def _precision(raw: dict[str, Any], device: Device, problems: list[Problem]) -> Precision:
     enabled = {}
     for name in ("bf16", "fp16"):
@@ -323,29 +313,3 @@ def _batch(raw: dict[str, Any], launch: Launch, problems: list[Problem]) -> tupl
     if micro is None:
         return total // per_step, accum or 1
     return micro, accum or total // per_step
-
-
-def _parallelism(config: RunConfig, stage: int, zero: dict[str, Any], launch: Launch) -> list[Problem]:
-    """Expert parallelism against the number of ranks, the ZeRO stage and the backend."""
-    moe = config.moe
-    found: list[Problem] = []
-    if not moe.enabled:
-        return found
-    if launch.world_size % moe.ep_size:
-        ranks = "1 rank" if launch.world_size == 1 else f"{launch.world_size} ranks"
-        found.append(
-            Problem(
-                "moe.ep_size",
-                f"{moe.ep_size} does not divide the {ranks} of this run",
-                f"start a multiple of {moe.ep_size} ranks or lower moe.ep_size",
-            )
-        )
-    if moe.ep_size > 1 and zero.get("zero_hpz_partition_size", 1) != 1:
-        found.append(
-            Problem(
-                "deepspeed_config: zero_optimization.zero_hpz_partition_size",
-                f"{zero['zero_hpz_partition_size']} does not combine with moe.ep_size = {moe.ep_size}",
-                "remove it, or set moe.ep_size 1",
-            )
-        )
-    return found

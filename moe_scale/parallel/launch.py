@@ -1,4 +1,4 @@
-"""Which rank this process is, under every launcher: deepspeed, torchrun, srun, mpirun through deepspeed, or none."""
+"""Which rank this process is, under every launcher: deepspeed (pdsh, OpenMPI), torchrun, accelerate, srun, or none."""
 
 from __future__ import annotations
 
@@ -10,13 +10,20 @@ from dataclasses import dataclass
 
 from moe_scale.errors import ConfigError, Problem, raise_if
 
+INTERFACE = "MOE_SCALE_INTERFACE"
+"""The variable that names the network interface of the ranks, the same on every host: ``eth0``, ``ib0``."""
+
 _BASE_PORT = 29500
 _PORT_RANGE = 2000
 
 
 @dataclass(frozen=True)
 class Launch:
-    """This process's place in the job. ``launcher`` is ``env`` (deepspeed, torchrun), ``srun`` or ``none``."""
+    """This process's place in the job.
+
+    ``launcher`` is ``env`` (deepspeed by pdsh, torchrun, accelerate), ``srun``, ``mpirun`` (deepspeed by OpenMPI) or
+    ``none``.
+    """
 
     rank: int
     world_size: int
@@ -59,19 +66,17 @@ def detect(environ: Mapping[str, str] | None = None) -> Launch:
         rank, local_rank = _number(env, "SLURM_PROCID"), _number(env, "SLURM_LOCALID")
         return _consistent(Launch(rank, world, local_rank, local_world, "srun"))
     if env.get("OMPI_COMM_WORLD_SIZE", "1") != "1":
-        raise ConfigError(
-            Problem(
-                "OMPI_COMM_WORLD_SIZE",
-                f"{env['OMPI_COMM_WORLD_SIZE']} processes were started by mpirun without RANK and WORLD_SIZE",
-                "start the ranks with deepspeed, torchrun or srun",
-            )
-        )
+        names = ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")
+        rank, world, local_rank, local_world = (_number(env, f"OMPI_COMM_WORLD_{name}") for name in names)
+        return _consistent(Launch(rank, world, local_rank, local_world, "mpirun"))
     return Launch(0, 1, 0, 1, "none")
 
 
 def _consistent(launch: Launch) -> Launch:
     """``launch``, unless no job could have such ranks; they would wait for each other until a timeout."""
-    prefix, size = ("", "WORLD_SIZE") if launch.launcher == "env" else ("SLURM: ", "number of tasks")
+    prefix, size = {"srun": ("SLURM: ", "number of tasks"), "mpirun": ("OMPI_COMM_WORLD: ", "number of ranks")}.get(
+        launch.launcher, ("", "WORLD_SIZE")
+    )
     problems = [
         Problem(f"{prefix}{name}", f"{rank} does not fit a {local}{size} of {ranks}", "ranks count from 0")
         for name, local, rank, ranks in (
@@ -85,7 +90,12 @@ def _consistent(launch: Launch) -> Launch:
 
 
 def export(launch: Launch) -> None:
-    """Set the variables that ``torch.distributed`` rendezvous reads, where the launcher has not set them."""
+    """Set the variables that ``torch.distributed`` rendezvous reads, where the launcher has not set them.
+
+    Raises:
+        ConfigError: if ``MOE_SCALE_INTERFACE`` names none of this host's, or mpirun's ranks lack the address of rank 0.
+    """
+    _choose_interface()
     defaults = {
         "RANK": launch.rank,
         "WORLD_SIZE": launch.world_size,
@@ -101,9 +111,28 @@ def export(launch: Launch) -> None:
         # The same on every rank, and different for jobs and steps that share a node.
         job, step = (_number(os.environ, name, default=0) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
         os.environ.setdefault("MASTER_PORT", str(_BASE_PORT + (job * 7 + step) % _PORT_RANGE))
+    elif launch.launcher == "mpirun":
+        if "MASTER_ADDR" not in os.environ and launch.num_nodes > 1:
+            how = "write MASTER_ADDR=HOST into the file that DS_ENV_FILE names, as moe-scale launch does"
+            raise ConfigError(Problem("MASTER_ADDR", "mpirun does not tell its ranks where rank 0 is", how))
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", str(_BASE_PORT))
     elif launch.launcher == "none":
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", str(_free_port()))
+
+
+def _choose_interface() -> None:
+    """Let gloo and NCCL talk over the interface that ``MOE_SCALE_INTERFACE`` names, under every launcher."""
+    name = os.environ.get(INTERFACE)
+    if not name:
+        return
+    known = [interface for _, interface in socket.if_nameindex()]
+    if name not in known:
+        here = f"{name!r} is no network interface of this host"
+        raise ConfigError(Problem(INTERFACE, here, f"choose one of {', '.join(known)}", this_host_only=True))
+    for library in ("GLOO", "NCCL"):
+        os.environ.setdefault(f"{library}_SOCKET_IFNAME", name)
 
 
 def _first_slurm_host(env: Mapping[str, str]) -> str:
@@ -136,8 +165,8 @@ def _number(env: Mapping[str, str], name: str, default: int | None = None) -> in
         return default
     if text is None or not (text.isascii() and text.isdigit()):
         what = "the environment variable is not set" if text is None else f"the environment variable is {text!r}"
-        remedy = (
-            "let srun start the ranks" if name.startswith("SLURM") else "unset RANK and WORLD_SIZE to run one process"
+        remedy = {"SLURM": "let srun start the ranks", "OMPI_": "start the ranks with moe-scale launch"}.get(
+            name[:5], "unset RANK and WORLD_SIZE to run one process"
         )
         raise ConfigError(Problem(name, what, f"a launcher sets it to a number; {remedy}"))
     return int(text)

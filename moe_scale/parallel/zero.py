@@ -87,10 +87,15 @@ def _leave_out_the_compiler() -> None:
 
 
 def make_groups(ep_size: int) -> ParallelGroups:
-    """Create (once) the expert and expert-data groups for ``ep_size``; all ranks must call it together."""
+    """The process groups of a run: the expert and expert-data groups for ``ep_size``, created once.
+
+    All ranks must call it together, before the model is built.
+    """
     from deepspeed import comm
     from deepspeed.utils import groups
 
+    # The groups of hpZ are a global of DeepSpeed, where an earlier run of this process has left its own.
+    groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
     world_size, rank = comm.get_world_size(), comm.get_rank()
     if ep_size == 1:
         return ParallelGroups(world_size, rank)

@@ -72,6 +72,7 @@ def refresh_parameters(engine: Any) -> None:
     optimizer, kind = engine.optimizer, _kind_of(engine.optimizer)
     if kind == "DeepSpeedZeroOptimizer_Stage3":
         # The order of the optimizer's own step: small parameters are kept whole on every rank, and are gathered anew.
+        optimizer.invalidate_secondary_tensor()  # the copies of hpZ, which would be read instead
         optimizer._partition_all_parameters()
         for sub_group in range(len(optimizer.fp16_groups)):
             optimizer._reassign_or_swap_out_partitioned_parameters(sub_group)

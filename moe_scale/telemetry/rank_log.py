@@ -18,6 +18,7 @@ from moe_scale.errors import StoppedError
 
 log = logging.getLogger("moe_scale.rank")
 log.propagate = False  # of no interest on a console
+log.addHandler(logging.NullHandler())  # nor is it when no file is open
 log.setLevel(logging.INFO)
 
 
@@ -50,10 +51,7 @@ class RankLog:
         if not self.enabled:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(self.path, encoding="utf-8")
-        formatter = logging.Formatter("%(asctime)s.%(msecs)03dZ %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S")
-        formatter.converter = time.gmtime
-        handler.setFormatter(formatter)
+        handler = self._file()
         root = logging.getLogger()
         if not root.handlers and logging.lastResort:
             self._handlers.append((root, logging.lastResort))  # which python drops where there is another handler
@@ -85,8 +83,17 @@ class RankLog:
         self._seconds.clear()
 
     def last_words(self, text: str) -> None:
-        """Write down why the process is about to be ended."""
+        """Write down why the process is about to be ended, even if an error has closed the log."""
+        if self.enabled and not self._handlers:
+            log.addHandler(self._file())
         log.error("%s", text)
+
+    def _file(self) -> logging.FileHandler:
+        handler = logging.FileHandler(self.path, encoding="utf-8")
+        formatter = logging.Formatter("%(asctime)s.%(msecs)03dZ %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S")
+        formatter.converter = time.gmtime
+        handler.setFormatter(formatter)
+        return handler
 
     def __enter__(self) -> RankLog:
         return self

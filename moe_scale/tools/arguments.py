@@ -15,6 +15,14 @@ def not_negative(text: str) -> int:
     return _at_least(0, text)
 
 
+def port(text: str) -> int:
+    """A port that programs of users may open."""
+    number = _at_least(1024, text)
+    if number > 65535:
+        raise argparse.ArgumentTypeError(f"{text}: choose 1024 to 65535")
+    return number
+
+
 def _at_least(least: int, text: str) -> int:
     if not text.removeprefix("-").isdecimal() or int(text) < least:
         raise argparse.ArgumentTypeError(f"{text}: choose {least} or more")

@@ -132,15 +132,21 @@ def _leave(text: str, code: int) -> None:
     raise SystemExit(code) from None
 
 
-def prepare_job(recipe: Recipe, argv: list[str]) -> Job:
+def prepare_job(recipe: Recipe, argv: list[str], launch: Launch | None = None, device: Device | None = None) -> Job:
     """Read and check everything about a run, on this rank alone.
+
+    Args:
+        recipe: what is trained.
+        argv: the settings.
+        launch: the rank whose view is checked, if not this process's own.
+        device: of that rank.
 
     Raises:
         ConfigError: with every problem found.
         SystemExit: for ``--help`` and ``--print_config``.
     """
-    launch = launches.detect()
-    device = devices.detect()
+    launch = launch or launches.detect()
+    device = device or devices.detect()
     machine_scale = devices.natural_scale(device, launch)
     if machine_scale not in recipe.scales:
         machine_scale = next(iter(recipe.scales))

@@ -19,6 +19,9 @@ from tests.ranks import REPO
 TOOLS = ("munged=munge", "slurmctld=slurmctld", "slurmd=slurmd", "sbatch=slurm-client", "srun=slurm-client")
 """What a Slurm needs besides the hosts, for :func:`tests.cluster.hosts.reason_to_skip`."""
 
+GPUS = 8
+"""Of each node, in Slurm's books: files that no program can compute with."""
+
 CONFIG = """
 ClusterName=tests
 SlurmctldHost={controller}
@@ -40,7 +43,8 @@ SlurmctldPidFile=/run/slurmctld.pid
 SlurmdPidFile=/run/slurmd.pid
 SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd.%h.log
-NodeName={nodes} CPUs={cpus} State=UNKNOWN
+GresTypes=gpu
+NodeName={nodes} CPUs={cpus} Gres=gpu:{gpus} State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 
@@ -70,11 +74,15 @@ class Slurm:
         key = self.folder / "munge.key"
         key.write_bytes(secrets.token_bytes(128))
         key.chmod(0o600)
-        cpus = max(2, len(os.sched_getaffinity(0)))  # two tasks must fit on a node
+        cpus = max(GPUS, len(os.sched_getaffinity(0)))  # a task a GPU must fit on a node
         (self.folder / "cgroup.conf").write_text("ConstrainCores=no\n")
         config = self.folder / "slurm.conf"
         nodes = ",".join(host.name for host in cluster.hosts)
-        config.write_text(CONFIG.format(controller=self.controller.name, folder=self.folder, nodes=nodes, cpus=cpus))
+        names = {"controller": self.controller.name, "folder": self.folder, "nodes": nodes, "cpus": cpus, "gpus": GPUS}
+        config.write_text(CONFIG.format_map(names))
+        for number in range(GPUS):
+            (self.folder / f"gpu{number}").touch()
+        (self.folder / "gres.conf").write_text(f"Name=gpu File={self.folder}/gpu[0-{GPUS - 1}]\n")
         cluster.environ["SLURM_CONF"] = str(config)
         for host in cluster.hosts:
             log = f"--log-file={self.folder}/munged.{host.name}.log"

@@ -14,7 +14,7 @@ from moe_scale.parallel import device as devices
 from moe_scale.train.faults import EXIT_PREEMPTED
 from tests.curves import CharacterRuns, Runs
 from tests.distributed.faulty import WORKER, Case, case, run_cases
-from tests.ranks import Ended, Ranks
+from tests.ranks import Ranks
 
 pytestmark = pytest.mark.slow
 EP2 = ("--moe.ep_size", "2")
@@ -178,13 +178,6 @@ def test_preempted_runs_continue_to_the_bit(runs: Runs) -> None:
         assert runs.curve(name) == whole, name
 
 
-def lines(ended: Ended, rank: int) -> list[str]:
-    """What a rank printed, from the line on that names the run, but for its progress."""
-    told = ended.output[rank].splitlines()
-    begun = next((number for number, line in enumerate(told) if line.startswith("lm_16l at ")), -1)
-    return [line for line in told[begun + 1 :] if line and not line.startswith("step ")]
-
-
 def test_a_hang_ends_by_a_list_of_where_all_are(runs: Runs) -> None:
     hangs = case(
         runs.argv("hangs", 2, stage=3, extra=(*EP2, "--faults.hang_minutes", "0.15")),
@@ -193,11 +186,11 @@ def test_a_hang_ends_by_a_list_of_where_all_are(runs: Runs) -> None:
     with ranks_of(runs, "hangs", hangs) as ranks:
         ended = ranks.wait(timeout=200)
     assert ended.codes == [1, 1], ended
-    error, zero, one = lines(ended, 0)
+    error, zero, one = ended.told(0)
     assert error.startswith("error: no progress for 0.15 minutes; all ranks stop."), ended
     assert re.match(r"  rank 0 on \S+, process \d+, step 3: (forward|backward|update), for \d+ s", zero), ended
     assert re.match(r"  rank 1 on \S+, process \d+, step 3: forward, for \d+ s", one), ended
-    assert lines(ended, 1) == [], ended
+    assert ended.told(1) == [], ended
 
 
 def test_a_second_signal_ends_a_rank_that_waits_in_a_collective(runs: Runs) -> None:
@@ -220,5 +213,5 @@ def test_a_preempted_recipe_ends_with_its_exit_code(runs: Runs) -> None:
     with ranks_of(runs, "code", stops) as ranks:
         ended = ranks.wait(timeout=200)
     assert ended.codes == [EXIT_PREEMPTED] * 2, ended
-    assert lines(ended, 0) == ["stopped and saved after step 3; --resume auto continues"], ended
-    assert lines(ended, 1) == [], ended
+    assert ended.told(0) == ["stopped and saved after step 3; --resume auto continues"], ended
+    assert ended.told(1) == [], ended

@@ -13,7 +13,6 @@ from tests.curves import Curve, Runs
 from tests.ranks import REPO, Ranks
 
 pytestmark = pytest.mark.slow
-PROGRESS = ("lm_16l at", "continuing from", "note: ", "step ")
 RECIPE = str(REPO / "recipes" / "lm_16l.py")
 
 
@@ -77,7 +76,7 @@ def kill_many_times(runs: Runs, kills: int, steps: int, longest_wait: float, see
         assert ended.codes[victim] == -signal.SIGKILL, f"the run was over before its kill: {ended}"
         assert ended.codes[1 - victim] == 1, f"the other rank must end by itself, within a minute: {ended}"
         lost = ("rank 0 is lost", "lost rank 1 on ")[victim]
-        said = [line for line in ended.output[1 - victim].splitlines() if not line.startswith(PROGRESS)]
+        said = ended.told(1 - victim)
         assert len(said) == 1, ended
         assert said[0].startswith(f"error: {lost}"), ended
         killed += 1

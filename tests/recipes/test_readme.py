@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from moe_scale import cli
 from moe_scale.parallel import device as devices
 from moe_scale.parallel import launch as launches
 from moe_scale.train.recipe import prepare_job
@@ -28,8 +29,9 @@ def gpu_ranks(command: str) -> tuple[int, int] | None:
     return next((ranks for mark, ranks in GPU_RANKS.items() if mark in command), None)
 
 
-FOR_GPUS = [c for c in COMMANDS if gpu_ranks(c)]
-FOR_CPU = [c for c in COMMANDS if not gpu_ranks(c)]
+LAUNCHES = [c for c in COMMANDS if c.startswith("moe-scale launch ")]
+FOR_GPUS = [c for c in COMMANDS if gpu_ranks(c) and c not in LAUNCHES]
+FOR_CPU = [c for c in COMMANDS if not gpu_ranks(c) and c not in LAUNCHES]
 
 
 def test_the_readme_has_commands_of_both_kinds() -> None:
@@ -52,6 +54,19 @@ def test_command_for_gpus_passes_every_check(command: str, monkeypatch: pytest.M
     job = prepare_job(RECIPE, [*words[recipe + 1 :], "--output_dir", str(tmp_path / "run")])
     assert job.config.scale == ("1gpu" if world_size == 1 else "1node" if world_size == per_node else "multinode")
     assert job.plan.json["train_batch_size"] % world_size == 0
+
+
+@pytest.mark.parametrize("command", LAUNCHES)
+def test_command_that_launches_prints_another(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(REPO)
+    for name in [name for name in os.environ if name.startswith("SLURM_") or name == "DS_ACCELERATOR"]:
+        monkeypatch.delenv(name)
+    cli.main([*shlex.split(command)[1:], "--output_dir", str(tmp_path / "run")])
+    checked, *lines = capsys.readouterr().out.splitlines()
+    assert checked.startswith("# lm_16l at scale " + ("cpu" if "--device cpu" in command else "multinode"))
+    assert any("recipes/lm_16l.py" in line for line in lines)
 
 
 @pytest.mark.parametrize("command", FOR_CPU)

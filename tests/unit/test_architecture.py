@@ -1,4 +1,4 @@
-"""What holds the repository together: who imports whom, hostfiles that parse, no path of one machine.
+"""What holds the repository together: who imports whom, and no path of one machine.
 
 Modules are read with ``ast`` and never imported, so that imports inside functions and under ``TYPE_CHECKING`` count.
 """
@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-HOSTFILES = sorted((ROOT / "hostfiles").iterdir())
 
 # A part imports from lower layers and from itself; parts of one layer do not import each other.
 LAYERS = (
@@ -177,26 +176,6 @@ def test_the_rule_of_deepspeed_itself(path: str, source: str, allowed: bool) -> 
 )
 def test_the_rule_of_torch_cuda_itself(path: str, source: str, allowed: bool) -> None:
     assert (not uses_of_torch_cuda(path, source)) == allowed
-
-
-@pytest.mark.parametrize("hostfile", HOSTFILES, ids=lambda path: path.name)
-def test_hostfile_parses_with_deepspeed(hostfile: Path) -> None:
-    from deepspeed.launcher.runner import fetch_hostfile
-
-    slots = list(fetch_hostfile(str(hostfile)).values())
-    shape = re.fullmatch(r"(\d+)x(\d+)", hostfile.name)
-    if shape:
-        assert slots == [int(shape[2])] * int(shape[1])
-    else:
-        assert hostfile.name == "mixed"
-        assert len(set(slots)) > 1
-
-
-@pytest.mark.parametrize("hostfile", HOSTFILES, ids=lambda path: path.name)
-def test_hostfile_shows_its_command(hostfile: Path) -> None:
-    command = f"#     deepspeed --hostfile hostfiles/{hostfile.name} recipes/lm_16l.py --scale "
-    scale = "1node" if hostfile.name.startswith("1x") else "multinode"
-    assert command + scale in hostfile.read_text().splitlines()
 
 
 def test_no_tracked_file_names_a_path_of_one_machine() -> None:

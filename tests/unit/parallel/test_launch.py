@@ -55,6 +55,19 @@ def test_srun_tasks_per_node(spec: str, node: int, expected: int) -> None:
     assert detect(env).local_world_size == expected
 
 
+def test_mpirun() -> None:
+    names = ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")
+    env = {f"OMPI_COMM_WORLD_{name}": str(value) for name, value in zip(names, (3, 4, 1, 2), strict=True)}
+    launch = detect(env)
+    assert launch == Launch(3, 4, 1, 2, "mpirun")
+    assert detect(env | {"RANK": "0", "WORLD_SIZE": "1"}).launcher == "env"
+    assert detect({"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"}).launcher == "none"
+    with pytest.raises(ConfigError, match="start the ranks with moe-scale launch"):
+        detect({"OMPI_COMM_WORLD_SIZE": "2"})
+    with pytest.raises(ConfigError, match="OMPI_COMM_WORLD: rank"):
+        detect(env | {"OMPI_COMM_WORLD_RANK": "4"})
+
+
 def test_srun_inside_a_launcher_of_its_own() -> None:
     """One srun task a node that runs torchrun: the inner launcher knows better."""
     assert detect(SRUN | {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}).launcher == "env"
@@ -146,6 +159,28 @@ def test_export_keeps_what_a_launcher_set(monkeypatch: pytest.MonkeyPatch) -> No
         "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "LOCAL_SIZE": "2",
         "MASTER_ADDR": "host", "MASTER_PORT": "7",
     }  # fmt: skip
+
+
+def test_mpirun_on_several_hosts_needs_the_address_of_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="MASTER_ADDR"):
+        export(Launch(3, 4, 1, 2, "mpirun"))
+    assert exported(Launch(1, 2, 1, 2, "mpirun"))["MASTER_ADDR"] == "127.0.0.1", "one host"
+    monkeypatch.setenv("MASTER_ADDR", "node-1")
+    assert exported(Launch(3, 4, 1, 2, "mpirun"))["MASTER_ADDR"] == "node-1"
+
+
+def test_the_interface_holds_for_gloo_and_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "mine")
+    monkeypatch.setenv("MOE_SCALE_INTERFACE", "lo")
+    export(Launch(0, 1, 0, 1, "none"))
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
+    assert os.environ["NCCL_SOCKET_IFNAME"] == "mine", "what a user says for one library wins"
+    monkeypatch.setenv("MOE_SCALE_INTERFACE", "none0")
+    with pytest.raises(ConfigError, match=r"'none0' is no network interface of this host; choose one of .*lo"):
+        export(Launch(0, 1, 0, 1, "none"))
 
 
 def ports(monkeypatch: pytest.MonkeyPatch, job: str, step: str, rank: int = 0) -> str:

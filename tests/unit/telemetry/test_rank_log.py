@@ -67,6 +67,20 @@ def test_what_ends_a_rank_is_written_down(tmp_path: Path) -> None:
     assert written(log).count("rank 0 on ") == 2, "a second start goes on in the same file"
 
 
+def test_last_words_of_a_rank_whose_log_an_error_has_closed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = RankLog(tmp_path, 0)
+    log.open()
+    with pytest.raises(ZeroDivisionError), log:
+        print(1 // 0)
+    try:
+        log.last_words("error: lost rank 1")
+        assert written(log).endswith("ERROR error: lost rank 1\n")
+    finally:  # a process would end here
+        logging.getLogger("moe_scale.rank").handlers[1:] = []
+    RankLog(tmp_path / "off", 0, enabled=False).last_words("error: lost rank 1")
+    assert capsys.readouterr() == ("", ""), "the watchdog has told it already"
+
+
 def test_a_log_that_is_off_writes_nothing(tmp_path: Path) -> None:
     log = RankLog(tmp_path, 0, enabled=False)
     log.open()
