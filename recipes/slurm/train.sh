@@ -8,11 +8,16 @@ SAVED=75 # the exit code of a run that was asked to stop, and has saved
 # Each task reads its place from Slurm's variables. The address of rank 0 is the step's first host; the port comes from
 # the numbers of job and step (MASTER_PORT wins), so that jobs which share a node do not meet. MOE_SCALE_INTERFACE, set
 # where sbatch is typed, names the network that gloo and NCCL use, as ib0.
+#
+# A job for several nodes is given whole nodes and no number of tasks: Slurm keeps that number when a node is lost, and a
+# job of --nodes=1-4 could not go on with the three that are left. There is a task for each GPU of a node;
+# MOE_SCALE_RANKS_PER_NODE, set where sbatch is typed, makes it another number.
 train() {
-    local recipe=$1 step code asked=
+    local recipe=$1 step code asked= ranks
     shift
+    ranks=${MOE_SCALE_RANKS_PER_NODE:-${SLURM_NTASKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}}
     # --resume comes first, so that a user's own wins.
-    srun --kill-on-bad-exit=1 python "$recipe" --resume auto "$@" &
+    srun --kill-on-bad-exit=1 --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node="$ranks" python "$recipe" --resume auto "$@" &
     step=$!
 
     # Slurm signals this shell alone, before the limit (USR1) or when the job is preempted (TERM).

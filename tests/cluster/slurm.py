@@ -9,7 +9,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,10 +117,12 @@ class Slurm:
             time.sleep(0.3)
         return BatchResult(*state, log.read_text(errors="replace"))
 
-    def queue(self, script: str, *arguments: str, options: tuple[str, ...], log: Path) -> str:
+    def queue(
+        self, script: str, *arguments: str, options: tuple[str, ...], log: Path, env: Mapping[str, str] | None = None
+    ) -> str:
         """Submit a script of the checkout, and return the job's number at once."""
         argv = ["sbatch", "--parsable", f"--chdir={REPO}", f"--output={log}", *options, script, *arguments]
-        return self.controller.run(argv).check().output.strip()
+        return self.controller.run(argv, env).check().output.strip()
 
     def state(self, job: str) -> str:
         """Slurm's word for where a job is: PENDING, RUNNING, COMPLETED and so on."""

@@ -97,7 +97,11 @@ def options(script: Path) -> dict[str, str]:
 def test_batch_script(script: Path) -> None:
     subprocess.run(["bash", "-n", str(script)], check=True)
     found = options(script)
-    assert found["ntasks-per-node"] == found["gpus-per-node"], "one task a GPU"
+    if found["nodes"] == "1":
+        assert found["ntasks-per-node"] == found["gpus-per-node"], "one task a GPU"
+    else:  # train.sh has a task for each GPU
+        assert "exclusive" in found, "or a node's processors go to others"
+        assert not any("ntasks" in name for name in found), "or the job could not go on with fewer nodes"
     assert {"nodes", "requeue", "time", "open-mode", "output"} <= found.keys(), "it goes on in the same log"
     assert found["signal"].startswith("B:USR1@"), "the script hands it on"
     assert ("array" in found) == ("%a" in found["output"]) == (script.stem == "sweep")
@@ -124,7 +128,7 @@ def words_of_srun(folder: Path, script: str, *arguments: str, environ: dict[str,
     done = subprocess.run(
         ["bash", str(ROOT / "recipes" / "slurm" / script), *arguments],
         cwd=ROOT,
-        env={"PATH": f"{folder}:/usr/bin:/bin", "SLURM_JOB_ID": "1"} | environ,
+        env={"PATH": f"{folder}:/usr/bin:/bin", "SLURM_JOB_ID": "1", "SLURM_JOB_NUM_NODES": "4"} | environ,
         capture_output=True,
         text=True,
     )
@@ -135,11 +139,12 @@ def words_of_srun(folder: Path, script: str, *arguments: str, environ: dict[str,
 def test_a_sweep_takes_the_line_of_its_task(tmp_path: Path) -> None:
     lines = tmp_path / "lines.txt"
     lines.write_text("# two runs\n\n--optim.lr 1e-3\n  # a note\n--telemetry.run_name 'a -n b' --max_steps 5\n")
-    environ = {"SLURM_ARRAY_JOB_ID": "40", "SLURM_ARRAY_TASK_ID": "2"}
+    environ = {"SLURM_ARRAY_JOB_ID": "40", "SLURM_ARRAY_TASK_ID": "2", "SLURM_NTASKS_PER_NODE": "8"}
     argv = ("recipes/lm_16l.py", str(lines), "--max_steps", "9")
     code, words, _ = words_of_srun(tmp_path, "sweep.sbatch", *argv, environ=environ)
     assert code == 0
-    python = ["--kill-on-bad-exit=1", "python", "recipes/lm_16l.py", "--resume", "auto"]
+    size = ["--nodes=4", "--ntasks-per-node=8"]
+    python = ["--kill-on-bad-exit=1", *size, "python", "recipes/lm_16l.py", "--resume", "auto"]
     common = ["--output_dir", "runs/sweep-40/2", "--max_steps", "9"]
     assert words == [*python, *common, "--telemetry.run_name", "a -n b", "--max_steps", "5"]
     for task in ({"SLURM_ARRAY_TASK_ID": "3"}, {"SLURM_ARRAY_TASK_ID": ""}):
@@ -160,7 +165,22 @@ def test_the_example_sweep_passes_every_check(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("script", "scale"), [("one_node.sbatch", "1node"), ("several_nodes.sbatch", "multinode")])
 def test_scripts_of_lm_16l_take_settings(script: str, scale: str, tmp_path: Path) -> None:
     _, words, _ = words_of_srun(tmp_path, script, "--optim.lr", "1e-3", environ={})
-    assert words[2:] == ["recipes/lm_16l.py", "--resume", "auto", "--scale", scale, "--optim.lr", "1e-3"]
+    assert words[4:] == ["recipes/lm_16l.py", "--resume", "auto", "--scale", scale, "--optim.lr", "1e-3"]
+
+
+@pytest.mark.parametrize(
+    ("environ", "ranks"),
+    [
+        ({"SLURM_GPUS_ON_NODE": "8"}, 8),
+        ({"SLURM_GPUS_ON_NODE": "8", "SLURM_NTASKS_PER_NODE": "4"}, 4),
+        ({"SLURM_GPUS_ON_NODE": "8", "SLURM_NTASKS_PER_NODE": "4", "MOE_SCALE_RANKS_PER_NODE": "2"}, 2),
+        ({}, 1),
+    ],
+)
+def test_ranks_of_a_node(environ: dict[str, str], ranks: int, tmp_path: Path) -> None:
+    """A task for each GPU, or as many as were asked for."""
+    _, words, _ = words_of_srun(tmp_path, "train.sbatch", "recipes/lm_16l.py", environ=environ)
+    assert words[1:4] == ["--nodes=4", f"--ntasks-per-node={ranks}", "python"]
 
 
 @pytest.mark.parametrize("folder", ["hostfiles", "ds_configs", "recipes/slurm"])

@@ -76,7 +76,9 @@ def test_last_words_of_a_rank_whose_log_an_error_has_closed(tmp_path: Path, caps
         log.last_words("error: lost rank 1")
         assert written(log).endswith("ERROR error: lost rank 1\n")
     finally:  # a process would end here
-        logging.getLogger("moe_scale.rank").handlers[1:] = []
+        for handler in logging.getLogger("moe_scale.rank").handlers[1:]:
+            logging.getLogger("moe_scale.rank").removeHandler(handler)
+            handler.close()
     RankLog(tmp_path / "off", 0, enabled=False).last_words("error: lost rank 1")
     assert capsys.readouterr() == ("", ""), "the watchdog has told it already"
 
