@@ -1,6 +1,6 @@
 # make install   create .venv and install everything into it (again only if pyproject.toml or the samples change)
 # make train     train lm_16l at this machine's scale, into a new folder below runs/: make train ARGS="--max_steps 50"
-# make test      all tests but those in tests/cluster: make test ARGS="tests/unit -k router"
+# make test      the tests, but for tests/cluster and what takes many minutes: make test ARGS="tests/unit -k router"
 # make lint      ruff check, ruff format --check, mypy
 # make clean     remove caches and build leftovers; keeps .venv and runs
 #

@@ -25,6 +25,7 @@ from typing import Any
 import torch.distributed as dist
 
 from moe_scale.errors import ConfigError, StoppedError
+from moe_scale.parallel.collectives import host_group
 
 EXIT_LOST = 1
 BEAT_S = 2.0
@@ -35,6 +36,7 @@ SILENT_HOST_S = 30
 """A host whose kernel does not answer for so long is gone."""
 
 CONNECT_S = 60.0
+LAST_WORDS_S = 2.0
 
 
 @dataclass
@@ -121,11 +123,11 @@ class Watchdog:
         self._ranks = {self.rank: self._me}
         self._lines: dict[int, _Line] = {}  # rank 0: to the others; another rank: to rank 0
         self._connect()
-        dist.barrier()  # nobody reports before rank 0 knows all
+        dist.barrier(group=host_group())  # nobody reports before rank 0 knows all
 
-    def at(self, step: int, phase: str) -> None:
-        """Say what this rank is about to do."""
-        self._me.at, self._me.moved = f"step {step}: {phase}", time.monotonic()
+    def at(self, step: int, phase: str, *, timed: bool = True) -> None:
+        """Say what this rank is about to do. What is not ``timed`` may take for ever, as making data ready may."""
+        self._me.at, self._me.moved = f"step {step}: {phase}", time.monotonic() if timed else float("inf")
 
     def __enter__(self) -> Watchdog:
         watch = self._watch_all if self.rank == 0 else self._report
@@ -152,7 +154,7 @@ class Watchdog:
         if self.rank == 0:
             listener = socket.create_server(("", 0), backlog=self.world_size)
             address = [(os.environ.get("MASTER_ADDR", "127.0.0.1"), listener.getsockname()[1])]
-        dist.broadcast_object_list(address)
+        dist.broadcast_object_list(address, group=host_group())
         if self.rank != 0:
             line = _Line(socket.create_connection(tuple(address[0]), timeout=CONNECT_S))
             line.connection.settimeout(None)
@@ -221,9 +223,8 @@ class Watchdog:
         messages = line.receive()
         for message in messages or []:
             if "at" in message:
-                rank.at = message["at"]
-                if message["still"] is not None:
-                    rank.moved = time.monotonic() - message["still"]
+                rank.at, still = message["at"], message["still"]
+                rank.moved = float("inf") if still is None else time.monotonic() - still
             elif "failed" in message:
                 rank.state, rank.why = "failed", message["failed"]
             elif rank.state == "running":
@@ -264,9 +265,16 @@ class Watchdog:
         first = self.rank in (0, 1) or os.environ.get("LOCAL_RANK") == "0"
         if text and first:
             print(text, file=sys.stderr, flush=True)
-        if self.last_words:
-            self.last_words(text or "all ranks stop: rank 0 says why")
+        if self.last_words:  # in a thread, because they may be for a disk that is gone with its host
+            words = threading.Thread(target=self._say, args=(text or "all ranks stop: rank 0 says why",), daemon=True)
+            words.start()
+            words.join(timeout=LAST_WORDS_S)
         os._exit(EXIT_LOST)
+
+    def _say(self, text: str) -> None:
+        with contextlib.suppress(Exception):
+            if self.last_words:
+                self.last_words(text)
 
 
 def _brief(kind: type[BaseException], error: BaseException | None) -> str:

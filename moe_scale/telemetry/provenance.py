@@ -97,23 +97,28 @@ def source_state(package: Path) -> tuple[dict | None, bytes]:
         ``{"commit", "dirty", "untracked", "diff_truncated"}`` and the diff, at most :data:`DIFF_LIMIT_BYTES` of it.
         None and nothing where the package is installed, or in a checkout that does not track it, or git is absent.
     """
-    # A virtual environment inside another project's checkout must not be taken for ours: the file has to be tracked.
-    if git(package, "ls-files", "--error-unmatch", "__init__.py") is None:
-        return None, b""
-    commit = git(package, "rev-parse", "HEAD")
-    status = git(package, "status", "--porcelain", "-z")
-    if commit is None or status is None:
+    commit = commit_of(package)
+    status = git(package, "status", "--porcelain", "-z") if commit else None
+    if status is None:
         return None, b""
     entries = status.decode(errors="replace").split("\0")
     diff = git(package, "diff", "HEAD", "--no-color", "--no-ext-diff", "--no-textconv", "--binary") or b""
     state = {
-        "commit": commit.decode().strip(),
+        "commit": commit,
         "dirty": bool(status),
         # By name alone: a file that was never added may hold anything.
         "untracked": [entry[3:] for entry in entries if entry.startswith("?? ")][:100],
         "diff_truncated": len(diff) > DIFF_LIMIT_BYTES,
     }
     return state, diff[:DIFF_LIMIT_BYTES]
+
+
+def commit_of(package: Path) -> str:
+    """The commit of the checkout that ``package`` is part of; empty where it is none, or git does not answer."""
+    # A virtual environment inside another project's checkout must not be taken for ours: the file has to be tracked.
+    if git(package, "ls-files", "--error-unmatch", "__init__.py") is None:
+        return ""
+    return (git(package, "rev-parse", "HEAD") or b"").decode().strip()
 
 
 def git(folder: Path, *arguments: str) -> bytes | None:

@@ -14,12 +14,15 @@ from collections import defaultdict
 from pathlib import Path
 from types import TracebackType
 
-from moe_scale.errors import StoppedError
+from moe_scale.errors import ConfigError, StoppedError
 
 log = logging.getLogger("moe_scale.rank")
 log.propagate = False  # of no interest on a console
 log.addHandler(logging.NullHandler())  # nor is it when no file is open
 log.setLevel(logging.INFO)
+
+CLOSED = ("DeepSpeed", "transformers")
+"""Loggers that keep their records from the root's handlers."""
 
 
 class RankLog:
@@ -51,22 +54,23 @@ class RankLog:
         if not self.enabled:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        handler = self._file()
+        file = self._file()
         root = logging.getLogger()
-        if not root.handlers and logging.lastResort:
-            self._handlers.append((root, logging.lastResort))  # which python drops where there is another handler
-        # DeepSpeed's logger passes nothing on to the root.
-        self._handlers += [(logger, handler) for logger in (log, root, logging.getLogger("DeepSpeed"))]
-        for logger, added in self._handlers:
-            logger.addHandler(added)
+        # Those of libraries pass nothing on to the root.
+        self._handlers = [(logger, file) for logger in (log, root, *map(logging.getLogger, CLOSED))]
+        self._handlers.append((root, _Unheard(file)))
+        for logger, handler in self._handlers:
+            logger.addHandler(handler)
+        logging.captureWarnings(True)
         log.info("rank %d on %s, process %d", self.rank, socket.gethostname(), os.getpid())
 
     def close(self) -> None:
         """Close the file. May be called twice."""
+        if self._handlers:
+            logging.captureWarnings(False)
         for logger, handler in self._handlers:
             logger.removeHandler(handler)
-            if handler is not logging.lastResort:
-                handler.close()
+            handler.close()
         self._handlers = []
 
     def at(self, phase: str) -> None:
@@ -103,8 +107,27 @@ class RankLog:
     ) -> None:
         if error is None:
             log.info("end")
-        elif isinstance(error, StoppedError):  # which all ranks raise together
+        elif isinstance(error, StoppedError | ConfigError):  # which all ranks raise together
             log.info("%s", error)
+        elif isinstance(error, SystemExit):  # what there was to say is said
+            log.info("leaves with exit code %s", error.code)
         else:
             log.error("ended by %s", kind.__name__ if kind else "", exc_info=error)
         self.close()
+
+
+class _Unheard(logging.Handler):
+    """Shows what Python would have shown on standard error, had the file not been there to hear it."""
+
+    def __init__(self, file: logging.Handler):
+        super().__init__(logging.WARNING)
+        self._ours = (self, file)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        logger: logging.Logger | None = logging.getLogger(record.name)
+        while logger:
+            if any(h not in self._ours and not isinstance(h, logging.NullHandler) for h in logger.handlers):
+                return
+            logger = logger.parent
+        if logging.lastResort:
+            logging.lastResort.handle(record)

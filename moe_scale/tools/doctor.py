@@ -4,7 +4,7 @@ It is what every run of several ranks does before its first step. A launcher sta
 
     moe-scale doctor recipes/lm_16l.py
     deepspeed --hostfile hostfiles/2x8 --module moe_scale.cli doctor recipes/lm_16l.py --scale multinode
-    srun --nodes 2 --ntasks-per-node 8 moe-scale doctor recipes/lm_16l.py --scale multinode
+    srun --kill-on-bad-exit=1 --nodes 2 --ntasks-per-node 8 moe-scale doctor recipes/lm_16l.py --scale multinode
 """
 
 from __future__ import annotations
@@ -30,13 +30,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, recipe_argv: list[str]) -> None:
     """Check everything, prepare the data, and print one table. Runs under any launcher."""
-    job = prepare_job(load_recipe(Path(arguments.recipe)), recipe_argv)
+    recipe_file = Path(arguments.recipe)
+    job = prepare_job(load_recipe(recipe_file), recipe_argv, look_at_folder=False)
     launches.export(job.launch)
     zero.init_distributed()
-    with Watchdog(hang_s=60 * job.config.faults.hang_minutes):
-        facts = preflight.check_environment(job)
+    with Watchdog(hang_s=60 * job.config.faults.hang_minutes) as watchdog:
+        watchdog.at(0, "checking the hosts")
+        facts = preflight.check_environment(job, recipe_file)
         groups = zero.make_groups(job.config.moe.ep_size if job.config.moe.enabled else 1)
+        watchdog.at(0, "preparing the data", timed=False)
         prepare_data(job)
+        watchdog.at(0, "measuring the links")
         found = preflight.complete(facts, job.task.data_fingerprint, groups)
         preflight.tell(job, found, all_hosts=True)
         dist.barrier()

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moe_scale.checkpoint.index import Index
 from moe_scale.checkpoint.reader import Reader
 from moe_scale.config import duration_seconds
 from moe_scale.errors import DivergedError
@@ -39,6 +41,7 @@ from moe_scale.train.faults import (
     SpikeWatch,
 )
 from moe_scale.train.optim import parameters_by_part
+from moe_scale.train.preflight import Preflight, RankFacts
 from moe_scale.train.recipe import Job
 from moe_scale.train.start import (
     agree_on_checkpoint,
@@ -69,44 +72,64 @@ def train(job: Job) -> None:
     zero.init_distributed()
     # The watchdog has the last word when a rank is lost, whatever signals a launcher sends to the others meanwhile.
     with Interruption() as interruption, Watchdog(hang_s=60 * config.faults.hang_minutes) as watchdog:
-        watchdog.at(0, "checking the hosts")
+        watchdog.at(0, "checking the hosts", timed=False)
         facts = preflight.check_environment(job)
         resumed = agree_on_checkpoint(job)
-        groups = zero.make_groups(config.moe.ep_size if config.moe.enabled else 1)
-        watchdog.at(0, "preparing the data")
-        prepare_data(job)
-        hosts = preflight.complete(facts, task.data_fingerprint, groups)
-        if launch.world_size > 1:
-            preflight.tell(job, hosts)
-        watchdog.at(0, "building the model")
-        engine = build_engine(lambda: task.build_model(groups), config, job.plan, job.device)
-        state = RunState(resumed[1].step, resumed[1].tokens, resumed[1].scores) if resumed else RunState(0, 0, {})
-        # Of what is drawn in training (noise, jitter, dropout), and different on every rank.
-        torch.manual_seed(((config.seed + state.step) * 1_000_003 + launch.rank) % 2**63)
-        watchdog.at(state.step, "loading the checkpoint")
-        with stopping_together():
-            if resumed is not None:
-                task.batches().load_state_dict(checkpoint.load(engine, *resumed))
-        run = Run(job, engine, groups, state, deadline, interruption, watchdog)
-        interruption.listen()
-        with (
-            leaving_together(),
-            open_logger(job, hosts, state.step if resumed else None) as run.logger,
-            open_progress(job, resumed) as run.progress,
-            open_rank_log(job) as run.rank_log,
-            naming_this_rank(launch),
-            run.saver,
-        ):
-            watchdog.last_words = run.rank_log.last_words
-            _train_steps(run)
-            run.at("summary")
-            summary = task.summarize(engine, state.scores, job.run_dir)
-            dist.barrier()
+        with open_rank_log(job) as rank_log:
+            watchdog.last_words = rank_log.last_words
+            run, hosts = _set_up(job, facts, resumed, Surroundings(deadline, interruption, watchdog, rank_log))
+            state = run.state
+            interruption.listen()
+            with (
+                leaving_together(),
+                open_logger(job, hosts, state.step if resumed else None) as run.logger,
+                open_progress(job, resumed) as run.progress,
+                naming_this_rank(launch, rank_log),
+                run.saver,
+            ):
+                _train_steps(run)
+                run.at("summary")
+                summary = task.summarize(run.engine, state.scores, job.run_dir)
+                dist.barrier()
     if launch.is_main:
         _print_summary([*summary, ("tokens seen", f"{state.tokens:,}"), ("run folder", str(job.run_dir.resolve()))])
     task.batches().close()
     dist.barrier()
-    engine.destroy()
+    run.engine.destroy()
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What is there before a run is, and watches over it."""
+
+    deadline: Deadline
+    interruption: Interruption
+    watchdog: Watchdog
+    rank_log: RankLog
+
+
+def _set_up(
+    job: Job, facts: list[RankFacts], resumed: tuple[Path, Index] | None, around: Surroundings
+) -> tuple[Run, Preflight]:
+    """Data, model and engine, at the state of the checkpoint if there is one; and what was found out on the way."""
+    config, task, watchdog = job.config, job.task, around.watchdog
+    groups = zero.make_groups(config.moe.ep_size if config.moe.enabled else 1)
+    watchdog.at(0, "preparing the data", timed=False)
+    prepare_data(job)
+    watchdog.at(0, "measuring the links")
+    hosts = preflight.complete(facts, task.data_fingerprint, groups)
+    if job.launch.world_size > 1:
+        preflight.tell(job, hosts)
+    watchdog.at(0, "building the model", timed=False)
+    engine = build_engine(lambda: task.build_model(groups), config, job.plan, job.device)
+    state = RunState(resumed[1].step, resumed[1].tokens, resumed[1].scores) if resumed else RunState(0, 0, {})
+    # Of what is drawn in training (noise, jitter, dropout), and different on every rank.
+    torch.manual_seed(((config.seed + state.step) * 1_000_003 + job.launch.rank) % 2**63)
+    watchdog.at(state.step, "loading the checkpoint")
+    with stopping_together():
+        if resumed is not None:
+            task.batches().load_state_dict(checkpoint.load(engine, *resumed))
+    return Run(job, engine, groups, state, around), hosts
 
 
 @dataclass
@@ -129,23 +152,14 @@ class Run:
 
     logger: MetricsLogger
     progress: Progress
-    rank_log: RankLog
     new_best: dict[str, Any] | None = None
     """The score of a checkpoint that is being written as the best so far."""
 
-    def __init__(
-        self,
-        job: Job,
-        engine: Any,
-        groups: ParallelGroups,
-        state: RunState,
-        deadline: Deadline,
-        interruption: Interruption,
-        watchdog: Watchdog,
-    ):
+    def __init__(self, job: Job, engine: Any, groups: ParallelGroups, state: RunState, around: Surroundings):
         config = job.config
         self.job, self.engine, self.groups, self.state = job, engine, groups, state
-        self.deadline, self.interruption, self.watchdog = deadline, interruption, watchdog
+        self.deadline, self.interruption = around.deadline, around.interruption
+        self.watchdog, self.rank_log = around.watchdog, around.rank_log
         self.parts = parameters_by_part(engine.module)
         self.throughput = Throughput(window=config.telemetry.every)
         self.agreement = Agreement()

@@ -25,11 +25,11 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_scale.errors import Problem, raise_if
-from moe_scale.parallel import device as devices
 from moe_scale.parallel.bandwidth import GroupRate, measure
+from moe_scale.parallel.collectives import host_group
 from moe_scale.parallel.groups import ParallelGroups
 from moe_scale.settings import to_dict
-from moe_scale.telemetry.provenance import package_versions, source_state
+from moe_scale.telemetry.provenance import commit_of, package_versions
 from moe_scale.train.recipe import Job
 
 CLOCK_ROUNDS = 5
@@ -43,7 +43,8 @@ HOSTS_SHOWN = 16
 """In the table of a run; ``moe-scale doctor`` shows all."""
 
 REMEDY = {
-    "code": "bring the same commit, with the same changes, to all hosts",
+    "code": "bring the same files to all hosts",
+    "commit": "bring the same commit to all hosts",
     "settings": "start all ranks with the same command and files",
     "data": "give all hosts the same files",
 }
@@ -58,7 +59,7 @@ class RankFacts:
         rank: its number.
         host: its name.
         device: the name of its device.
-        same: what has to be the same on all ranks, by name.
+        same: what has to be the same on all ranks that have it, by name.
         device_free: bytes of free memory on the device; None where that is the host's.
         host_free: bytes of memory that are available on the host.
         clock_s: seconds that the host's clock is ahead of rank 0's.
@@ -83,7 +84,7 @@ class Preflight:
     def remarks(self) -> list[str]:
         """What does not stop a run but its owner should know, one sentence each."""
         found = []
-        hosts_of = _hosts_by_value((rank.device, rank.host) for rank in self.ranks)
+        hosts_of = _places([(rank.device, rank.rank, rank.host) for rank in self.ranks])
         if len(hosts_of) > 1:
             found.append(f"the devices differ, and the slowest sets the pace: {_listed(hosts_of)}")
         for host, ranks in _by_host(self.ranks).items():
@@ -110,7 +111,7 @@ class Preflight:
         console.print(hosts)
         if len(shown) < len(by_host):
             console.print(f"and {len(by_host) - len(shown)} more hosts: moe-scale doctor shows all", highlight=False)
-        same = ", ".join(f"{name} {value}" for name, value in self.ranks[0].same.items() if value)
+        same = ", ".join(f"{name} {value}" for name, value in self.ranks[0].same.items() if value != "none")
         console.print(f"the same on all ranks: {same}", highlight=False, soft_wrap=True)
         if self.rates:
             rates = Table("group", "ranks", "groups", "all-reduce", "all-to-all", box=None, pad_edge=False)
@@ -135,19 +136,23 @@ class Preflight:
         return {"hosts": hosts, "same": dict(self.ranks[0].same), "groups": [asdict(rate) for rate in self.rates]}
 
 
-def check_environment(job: Job) -> list[RankFacts]:
+def check_environment(job: Job, recipe_file: Path | None = None) -> list[RankFacts]:
     """What every rank runs on and with, by rank. All ranks call it together, once the process group is up.
+
+    Args:
+        job: what is to be run.
+        recipe_file: whose content has to be the same; the script that was started unless given.
 
     Raises:
         ConfigError: on all ranks, where code, packages or settings differ; the hosts are named.
     """
-    mine = replace(_facts(job), clock_s=_clock_offset())
-    everyones = _from_all(mine)
-    problems = _differences(everyones)
-    if any("settings" in problem.where for problem in problems):
-        problems = [p for p in problems if "settings" not in p.where] + _different_settings(job)
+    mine = _facts(job, recipe_file)
+    # Plain text first: ranks of different commits may not know each other's classes.
+    problems = _differences(_from_all({"host": mine.host, "same": dict(mine.same)}))
+    if any(problem.where == "hosts: settings" for problem in problems):
+        problems = [p for p in problems if p.where != "hosts: settings"] + _different_settings(job)
     raise_if(problems)
-    return everyones
+    return _from_all(replace(mine, clock_s=_clock_offset()))
 
 
 def complete(facts: list[RankFacts], data_fingerprint: str, groups: ParallelGroups) -> Preflight:
@@ -157,8 +162,8 @@ def complete(facts: list[RankFacts], data_fingerprint: str, groups: ParallelGrou
         ConfigError: on all ranks, where the data is not the same.
     """
     mine = facts[dist.get_rank()]
-    everyones = _from_all(replace(mine, same={**mine.same, "data": data_fingerprint[:12]}))
-    raise_if(_differences(everyones))
+    everyones: list[RankFacts] = _from_all(replace(mine, same={**mine.same, "data": data_fingerprint[:12]}))
+    raise_if(_differences([{"host": rank.host, "same": rank.same} for rank in everyones]))
     return Preflight(everyones, measure(groups))
 
 
@@ -172,18 +177,21 @@ def tell(job: Job, found: Preflight, *, all_hosts: bool = False) -> None:
         console.print(f"note: {remark}", highlight=False, soft_wrap=True)
 
 
-def _facts(job: Job) -> RankFacts:
-    device = job.device
-    free = None if device.is_cpu else int(devices.accelerator().available_memory())
+def _facts(job: Job, recipe_file: Path | None) -> RankFacts:
     settings = json.dumps(_settings(job), sort_keys=True, default=str)
-    same = {name: version or "" for name, version in package_versions().items()}
-    same |= {
-        "backend": _backend(device.type),
-        "code": _code() if job.launch.is_host_main else "",  # the others of a host would read the same files
-        "settings": hashlib.sha256(settings.encode()).hexdigest()[:12],
-    }
+    same = {name: version or "none" for name, version in package_versions().items()}
+    same["backend"] = _backend(job.device.type)
+    if job.launch.is_host_main:  # the others of a host would read the same files
+        same |= _code(recipe_file)
+    same["settings"] = hashlib.sha256(settings.encode()).hexdigest()[:12]
     host_free = psutil.virtual_memory().available
-    return RankFacts(job.launch.rank, socket.gethostname(), device.name, same, free, host_free)
+    return RankFacts(job.launch.rank, socket.gethostname(), job.device.name, same, _device_free(job), host_free)
+
+
+def _device_free(job: Job) -> int | None:
+    """Bytes that no process holds on this rank's device; None where that is the host's memory, or not known."""
+    module = torch.get_device_module(job.device.type)
+    return None if job.device.is_cpu or not hasattr(module, "mem_get_info") else int(module.mem_get_info()[0])
 
 
 def _settings(job: Job) -> dict[str, Any]:
@@ -206,22 +214,22 @@ def _backend(device_type: str) -> str:
     return f"{name} {'.'.join(map(str, nccl.version()))}" if nccl else name
 
 
-def _code() -> str:
-    """Commit and content of the project and of the script that was started, installed or in a checkout."""
+def _code(recipe_file: Path | None) -> dict[str, str]:
+    """The content of the project and of the recipe, installed or in a checkout; and the commit, where git knows it."""
     package = Path(__file__).resolve().parents[1]
-    state, _ = source_state(package)
-    script = getattr(sys.modules["__main__"], "__file__", None)
+    script = recipe_file or Path(getattr(sys.modules["__main__"], "__file__", None) or __file__)
     digest = hashlib.sha256()
-    for path in [*sorted(package.rglob("*.py")), *([Path(script)] if script else [])]:
+    for path in [*sorted(package.rglob("*.py")), script]:
         digest.update(path.name.encode() + path.read_bytes())
-    return f"{state['commit'][:12] if state else 'no commit'} ({digest.hexdigest()[:8]})"
+    commit = commit_of(package)
+    return {"code": digest.hexdigest()[:12]} | ({"commit": commit[:12]} if commit else {})
 
 
 def _clock_offset() -> float:
     """Seconds that this host's clock is ahead of rank 0's, as near as messages tell."""
     offsets = []
     for _ in range(CLOCK_ROUNDS):
-        dist.barrier()
+        dist.barrier(group=host_group())
         offsets.append(time.time())
     zero = _from_all(offsets)[0]
     return min((mine - reference for mine, reference in zip(offsets, zero, strict=True)), key=abs)
@@ -229,31 +237,34 @@ def _clock_offset() -> float:
 
 def _from_all(mine: Any) -> list[Any]:
     everyones = [None] * dist.get_world_size()
-    dist.all_gather_object(everyones, mine)
+    dist.all_gather_object(everyones, mine, group=host_group())
     return everyones
 
 
-def _differences(ranks: list[RankFacts]) -> list[Problem]:
-    """A problem for each fact that is not the same on all ranks."""
+def _differences(ranks: list[dict[str, Any]]) -> list[Problem]:
+    """A problem for each fact that is not the same on all ranks that know it.
+
+    Args:
+        ranks: of each rank its ``host`` and, as ``same``, its facts by name.
+    """
     found = []
-    for name in ranks[0].same:
-        told = [rank for rank in ranks if name != "code" or rank.same[name]]
-        hosts_of = _hosts_by_value((rank.same[name] or "none", rank.host) for rank in told)
-        if len(hosts_of) > 1:
+    for name in dict.fromkeys(name for rank in ranks for name in rank["same"]):
+        known = [
+            (rank["same"][name], number, rank["host"]) for number, rank in enumerate(ranks) if name in rank["same"]
+        ]
+        if len({value for value, _, _ in known}) > 1:
             remedy = REMEDY.get(name, "install the same version on all hosts")
-            found.append(Problem(f"hosts: {name}", _listed(hosts_of), remedy))
+            found.append(Problem(f"hosts: {name}", _listed(_places(known)), remedy))
     return found
 
 
 def _different_settings(job: Job) -> list[Problem]:
     """The settings, and keys of the DeepSpeed JSON, in which ranks differ."""
-    everyones = _from_all((socket.gethostname(), _settings(job)))
-    found = []
-    for name in dict.fromkeys(name for _, settings in everyones for name in settings):
-        hosts_of = _hosts_by_value((str(settings.get(name)), host) for host, settings in everyones)
-        if len(hosts_of) > 1:
-            found.append(Problem(f"hosts: {name}", _listed(hosts_of), REMEDY["settings"]))
-    return found
+    settings = {name: str(value) for name, value in _settings(job).items()}
+    everyones = _from_all({"host": socket.gethostname(), "same": settings})
+    names = dict.fromkeys(name for rank in everyones for name in rank["same"])
+    whole = [rank | {"same": {name: rank["same"].get(name, "not set") for name in names}} for rank in everyones]
+    return [replace(problem, allowed=REMEDY["settings"]) for problem in _differences(whole)]
 
 
 def _by_host(ranks: list[RankFacts]) -> dict[str, list[RankFacts]]:
@@ -263,10 +274,14 @@ def _by_host(ranks: list[RankFacts]) -> dict[str, list[RankFacts]]:
     return found
 
 
-def _hosts_by_value(values_and_hosts: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+def _places(known: list[tuple[str, int, str]]) -> dict[str, list[str]]:
+    """From (value, rank, host), the hosts that have each value; a rank too, where one host has several values."""
+    values_of: dict[str, set[str]] = defaultdict(set)
+    for value, _, host in known:
+        values_of[host].add(value)
     found: dict[str, list[str]] = defaultdict(list)
-    for value, host in values_and_hosts:
-        found[value].append(host)
+    for value, rank, host in known:
+        found[value].append(host if len(values_of[host]) == 1 else f"rank {rank} of {host}")
     return found
 
 

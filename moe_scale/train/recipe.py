@@ -132,7 +132,14 @@ def _leave(text: str, code: int) -> None:
     raise SystemExit(code) from None
 
 
-def prepare_job(recipe: Recipe, argv: list[str], launch: Launch | None = None, device: Device | None = None) -> Job:
+def prepare_job(
+    recipe: Recipe,
+    argv: list[str],
+    launch: Launch | None = None,
+    device: Device | None = None,
+    *,
+    look_at_folder: bool = True,
+) -> Job:
     """Read and check everything about a run, on this rank alone.
 
     Args:
@@ -140,6 +147,7 @@ def prepare_job(recipe: Recipe, argv: list[str], launch: Launch | None = None, d
         argv: the settings.
         launch: the rank whose view is checked, if not this process's own.
         device: of that rank.
+        look_at_folder: False for a job that is not to be run: whatever is in ``output_dir`` does not matter.
 
     Raises:
         ConfigError: with every problem found.
@@ -183,7 +191,7 @@ def prepare_job(recipe: Recipe, argv: list[str], launch: Launch | None = None, d
     if (best := config.checkpoint.save_best) and best not in task.scores:
         problems.append(Problem("checkpoint.save_best", f"{best!r}", f"choose one of {', '.join(task.scores)}"))
     job = Job(recipe.name, config, ds_plan, launch, device, task, None, argv)
-    resume_from, resume_problems, remarks = _resume(job)
+    resume_from, resume_problems, remarks = _resume(job) if look_at_folder else (None, [], ())
     raise_if(problems + resume_problems)
     return replace(job, resume_from=resume_from, remarks=remarks)
 

@@ -169,13 +169,14 @@ def leaving_together() -> Iterator[None]:
 
 
 @contextmanager
-def naming_this_rank(launch: Launch) -> Iterator[None]:
+def naming_this_rank(launch: Launch, rank_log: RankLog) -> Iterator[None]:
     """Let a rank whose data fails in the middle of a run say so itself: the others know nothing of it."""
     try:
         yield
     except ConfigError as error:
-        host = socket.gethostname()
-        print(f"rank {launch.rank} on {host}: {format_problems(error.problems)}", file=sys.stderr, flush=True)
+        text = f"rank {launch.rank} on {socket.gethostname()}: {format_problems(error.problems)}"
+        rank_log.last_words(text)
+        print(text, file=sys.stderr, flush=True)
         raise SystemExit(EXIT_BAD_CONFIG) from None
 
 

@@ -104,8 +104,8 @@ def test_other_commit_package_and_settings_on_one_host_are_refused_together(
     assert job.output.count("3 problems with the settings") == 1, job.output
     assert f"hosts: transformers: {version} on n1; 5.0.0 on n2; install the same version on all hosts" in job.output
     assert "hosts: optim.lr: 0.003 on n1; 0.004 on n2; start all ranks" in job.output
-    assert "hosts: code: " in job.output
-    assert "bring the same commit" in job.output
+    assert "hosts: commit: " in job.output
+    assert "on n2; bring the same commit to all hosts" in job.output
     assert "Traceback" not in job.output
 
 

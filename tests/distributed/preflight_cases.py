@@ -41,7 +41,7 @@ def cases(argv: list[str]) -> Iterator[tuple[str, list[str], Any, str]]:
     yield "same", argv, nothing, "0123456789abcdef"
     yield "settings", [*argv, *changed], nothing, "0123"
     yield "package", argv, differing("package_versions", lambda: VERSIONS | {"torch": "2.12.0"}), "0123"
-    yield "code", argv, differing("_code", lambda: "deface"), "0123"
+    yield "code", argv, differing("_code", lambda _: {"code": "deface"}), "0123"
     yield "data", argv, nothing, f"{RANK}" * 16
 
 

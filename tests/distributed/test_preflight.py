@@ -43,7 +43,7 @@ def test_ranks_that_agree_get_a_table(outcomes: list[dict[str, Any]]) -> None:
 REMEDIES = {
     "settings": "start all ranks with the same command and files",
     "package": "install the same version on all hosts",
-    "code": "bring the same commit, with the same changes, to all hosts",
+    "code": "bring the same files to all hosts",
     "data": "give all hosts the same files",
 }
 

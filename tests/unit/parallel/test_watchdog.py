@@ -24,6 +24,7 @@ def errors(ended: Ended) -> list[str]:
 
 @pytest.mark.parametrize("rank", [0, 2])
 def test_a_rank_that_is_killed_is_named_by_one_line(rank: int) -> None:
+    """And the others leave, even where their last words fail or never end."""
     ended = end_of("killed", rank)
     assert ended.codes == [-9 if n == rank else 1 for n in range(3)], ended
     (error,) = errors(ended)
@@ -32,9 +33,11 @@ def test_a_rank_that_is_killed_is_named_by_one_line(rank: int) -> None:
     assert "".join(ended.output).strip() == error, ended
 
 
-@pytest.mark.parametrize(("fault", "rank"), [("busy", 2), ("late", 0)])
+@pytest.mark.parametrize(("fault", "rank"), [("busy", 2), ("late", 0), ("slow", 2)])
 def test_no_false_alarm(fault: str, rank: int) -> None:
-    """A rank that cannot report for many beats, or that is still closing its files when the others are done."""
+    """A rank that cannot report for many beats, that is still closing its files when the others are done, or that is
+    longer in what may take for ever than others may stand still.
+    """
     ended = end_of(fault, rank)
     assert ended.codes == [0, 0, 0], ended
     assert ended.output == ["the end\n"] * 3, ended

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,27 @@ def test_warnings_are_kept_and_still_shown(
     assert logging.getLogger().handlers == [], "what the log added is gone"
 
 
+def test_a_library_with_a_handler_of_its_own_is_shown_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    library = logging.getLogger("library_with_handler")
+    handler = logging.StreamHandler()
+    library.addHandler(handler)
+    log = RankLog(tmp_path, 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        log.open()
+        with log:
+            library.warning("once")
+            logging.getLogger("transformers").warning("kept")
+            warnings.warn("of Python's own kind", stacklevel=1)
+    library.removeHandler(handler)
+    assert capsys.readouterr().err.count("once") == 1
+    for text in ("WARNING once", "WARNING kept", "UserWarning: of Python's own kind"):
+        assert written(log).count(text) == 1, text
+
+
 def test_what_ends_a_rank_is_written_down(tmp_path: Path) -> None:
     log = RankLog(tmp_path, 0)
     log.open()
@@ -64,7 +86,13 @@ def test_what_ends_a_rank_is_written_down(tmp_path: Path) -> None:
         raise StoppedError("stopped and saved after step 3")
     assert written(log).count("Traceback") == 1, "what all ranks do together is no accident"
     assert written(log).endswith("INFO stopped and saved after step 3\n")
-    assert written(log).count("rank 0 on ") == 2, "a second start goes on in the same file"
+    log.open()
+    log.last_words("rank 0: the data cannot be read")
+    with pytest.raises(SystemExit), log:
+        raise SystemExit(2)
+    assert "ERROR rank 0: the data cannot be read\n" in written(log)
+    assert written(log).endswith("INFO leaves with exit code 2\n")
+    assert written(log).count("rank 0 on ") == 3, "a later start goes on in the same file"
 
 
 def test_last_words_of_a_rank_whose_log_an_error_has_closed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

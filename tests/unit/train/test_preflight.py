@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
+from moe_scale.errors import Problem
 from moe_scale.parallel.bandwidth import GroupRate
 from moe_scale.train.preflight import HOSTS_SHOWN, Preflight, RankFacts, _differences
 
@@ -15,13 +16,14 @@ GIB = 2**30
 
 
 def cluster(num_hosts: int, per_host: int = 2) -> list[RankFacts]:
-    same = {"python": "3.12.1", "torch": "2.13.0", "triton": "", "code": "c0ffee (1a2b)", "settings": "5e77"}
+    same = {"python": "3.12.1", "torch": "2.13.0", "triton": "none", "settings": "5e77"}
+    code = {"code": "1a2b", "commit": "c0ffee"}
     return [
         RankFacts(
             rank=host * per_host + local,
             host=f"n{host + 1}",
             device="NVIDIA H100",
-            same=same if local == 0 else same | {"code": ""},
+            same=same | (code if local == 0 else {}),
             device_free=70 * GIB - local,
             host_free=500 * GIB,
             clock_s=0.001 * host,
@@ -35,6 +37,10 @@ def with_fact(ranks: list[RankFacts], rank: int, **same: str) -> None:
     ranks[rank] = replace(ranks[rank], same={**ranks[rank].same, **same})
 
 
+def problems(ranks: list[RankFacts]) -> list[Problem]:
+    return _differences([{"host": rank.host, "same": dict(rank.same)} for rank in ranks])
+
+
 def shown(found: Preflight, **how: bool) -> str:
     console = Console(file=io.StringIO(), width=120)
     found.show(console, **how)
@@ -42,7 +48,7 @@ def shown(found: Preflight, **how: bool) -> str:
 
 
 def test_ranks_that_agree_have_no_problems() -> None:
-    assert _differences(cluster(4)) == []
+    assert problems(cluster(4)) == []
 
 
 @pytest.mark.parametrize(
@@ -51,33 +57,45 @@ def test_ranks_that_agree_have_no_problems() -> None:
         (
             "torch",
             "2.12.0",
-            "hosts: torch: 2.13.0 on n1, n2, n3; 2.12.0 on n2; install the same version on all hosts",
+            "hosts: torch: 2.13.0 on n1, rank 3 of n2, n3; 2.12.0 on rank 2 of n2; install the same version on all "
+            "hosts",
         ),
         (
             "code",
-            "deface (9f)",
-            "hosts: code: c0ffee (1a2b) on n1, n3; deface (9f) on n2; bring the same commit, with the same changes, "
-            "to all hosts",
+            "9f9f",
+            "hosts: code: 1a2b on n1, n3; 9f9f on n2; bring the same files to all hosts",
         ),
-        ("triton", "3.7.1", "hosts: triton: none on n1, n2, n3; 3.7.1 on n2; install the same version on all hosts"),
+        ("commit", "deface", "hosts: commit: c0ffee on n1, n3; deface on n2; bring the same commit to all hosts"),
+        (
+            "triton",
+            "3.7.1",
+            "hosts: triton: none on n1, rank 3 of n2, n3; 3.7.1 on rank 2 of n2; install the same version on all hosts",
+        ),
     ],
 )
 def test_who_differs_is_named(fact: str, value: str, message: str) -> None:
     ranks = cluster(3)
     with_fact(ranks, 2, **{fact: value})
-    assert list(map(str, _differences(ranks))) == [message]
+    assert list(map(str, problems(ranks))) == [message]
+
+
+def test_what_a_rank_does_not_know_is_no_difference() -> None:
+    """No git on a host, or a host with code that knows other facts."""
+    ranks = cluster(2, per_host=1)
+    ranks[1] = replace(ranks[1], same={"python": "3.12.1", "torch": "2.12.0", "news": "of a later version"})
+    assert [problem.where for problem in problems(ranks)] == ["hosts: torch"]
 
 
 def test_every_fact_that_differs_is_told_at_once() -> None:
     ranks = cluster(2)
     with_fact(ranks, 2, torch="2.12.0", python="3.11.2", settings="0000")
-    assert [problem.where for problem in _differences(ranks)] == ["hosts: python", "hosts: torch", "hosts: settings"]
+    assert [problem.where for problem in problems(ranks)] == ["hosts: python", "hosts: torch", "hosts: settings"]
 
 
 def test_of_many_hosts_a_few_are_named() -> None:
     ranks = cluster(100, per_host=1)
     with_fact(ranks, 99, torch="2.12.0")
-    (problem,) = _differences(ranks)
+    (problem,) = problems(ranks)
     assert problem.what == "2.13.0 on n1, n2, n3, n4, n5, n6, n7, n8 and 91 more; 2.12.0 on n100"
 
 
@@ -89,7 +107,7 @@ def test_the_table_has_a_line_a_host() -> None:
     assert ["n2", "2-3", "NVIDIA", "H100", "70.0", "GiB", "500.0", "GiB", "+0.001", "s"] in lines
     assert ["world", "4", "1", "12.50", "GB/s", "6.25", "GB/s"] in lines
     assert ["expert", "2", "2", "3.00", "GB/s", "1.00", "GB/s"] in lines
-    assert "the same on all ranks: python 3.12.1, torch 2.13.0, code c0ffee (1a2b), settings 5e77" in table
+    assert "the same on all ranks: python 3.12.1, torch 2.13.0, settings 5e77, code 1a2b, commit c0ffee" in table
 
 
 def test_a_run_on_many_hosts_shows_some_and_the_doctor_all() -> None:
