@@ -22,7 +22,7 @@ log.addHandler(logging.NullHandler())  # nor is it when no file is open
 log.setLevel(logging.INFO)
 
 CLOSED = ("DeepSpeed", "transformers")
-"""Loggers that keep their records from the root's handlers."""
+"""Loggers that keep their records from the root's handlers, the second from when it is imported."""
 
 
 class RankLog:
@@ -56,7 +56,6 @@ class RankLog:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         file = self._file()
         root = logging.getLogger()
-        # Those of libraries pass nothing on to the root.
         self._handlers = [(logger, file) for logger in (log, root, *map(logging.getLogger, CLOSED))]
         self._handlers.append((root, _Unheard(file)))
         for logger, handler in self._handlers:
@@ -97,6 +96,7 @@ class RankLog:
         formatter = logging.Formatter("%(asctime)s.%(msecs)03dZ %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S")
         formatter.converter = time.gmtime
         handler.setFormatter(formatter)
+        handler.addFilter(_first_time)
         return handler
 
     def __enter__(self) -> RankLog:
@@ -114,6 +114,13 @@ class RankLog:
         else:
             log.error("ended by %s", kind.__name__ if kind else "", exc_info=error)
         self.close()
+
+
+def _first_time(record: logging.LogRecord) -> bool:
+    """Whether a record comes for the first time; it may by its logger and by the root."""
+    first = not getattr(record, "is_in_rank_log", False)
+    record.is_in_rank_log = True
+    return first
 
 
 class _Unheard(logging.Handler):
