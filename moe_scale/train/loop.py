@@ -75,6 +75,8 @@ def train(job: Job) -> None:
         watchdog.at(0, "checking the hosts", timed=False)
         facts = preflight.check_environment(job)
         resumed = agree_on_checkpoint(job)
+        watchdog.at(0, "preparing the data", timed=False)
+        prepare_data(job)
         with open_rank_log(job) as rank_log:
             watchdog.last_words = rank_log.last_words
             run, hosts = _set_up(job, facts, resumed, Surroundings(deadline, interruption, watchdog, rank_log))
@@ -111,11 +113,9 @@ class Surroundings:
 def _set_up(
     job: Job, facts: list[RankFacts], resumed: tuple[Path, Index] | None, around: Surroundings
 ) -> tuple[Run, Preflight]:
-    """Data, model and engine, at the state of the checkpoint if there is one; and what was found out on the way."""
+    """Model and engine, at the state of the checkpoint if there is one; and what was found out on the way."""
     config, task, watchdog = job.config, job.task, around.watchdog
     groups = zero.make_groups(config.moe.ep_size if config.moe.enabled else 1)
-    watchdog.at(0, "preparing the data", timed=False)
-    prepare_data(job)
     watchdog.at(0, "measuring the links")
     hosts = preflight.complete(facts, task.data_fingerprint, groups)
     if job.launch.world_size > 1:
