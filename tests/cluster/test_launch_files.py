@@ -109,8 +109,9 @@ def test_a_wrong_setting_starts_nothing(four_hosts: Cluster, runs: Launches, tmp
 def test_batch_scripts_pass_slurms_own_test(slurm: Slurm) -> None:
     assert SCRIPTS
     for script in SCRIPTS:
-        # As it stands but for the number of nodes, of which this cluster has two.
-        argv = ["sbatch", "--test-only", "--nodes=1-2", str(script), RECIPE, "recipes/slurm/sweep.txt"]
+        # As it stands but for the size of this cluster: two nodes, of a processor for each of 8 tasks.
+        sizes = ["--nodes=1-2", *(["--cpus-per-task=1"] if "--cpus-per-task" in script.read_text() else [])]
+        argv = ["sbatch", "--test-only", *sizes, str(script), RECIPE, "recipes/slurm/sweep.txt"]
         result = slurm.controller.run(argv).check()
         assert re.search(r"Job \d+ to start at .* using \d+ processors on nodes n", result.output), result.output
 
