@@ -118,7 +118,7 @@ def check_sizes(recipe: Recipe, settings: list[str], request: Request, device: D
     """The job at each end of a range of nodes, the larger first; without a range, at the one size.
 
     Raises:
-        ConfigError: with the problems of both ends.
+        ConfigError: with the problems of both ends, and if a job that shrinks would go on at another scale.
     """
     sizes = [request]
     if request.fewest_nodes and request.fewest_nodes < len(request.hosts):
@@ -131,6 +131,11 @@ def check_sizes(recipe: Recipe, settings: list[str], request: Request, device: D
         except ConfigError as error:
             problems += error.problems
     raise_if(list(dict.fromkeys(problems)))
+    scales = {len(size.hosts): job.config.scale for size, job in jobs}
+    if len(set(scales.values())) > 1:
+        found = ", ".join(f"{scale} on {number}" for number, scale in scales.items())
+        instead = f"set it for both: --scale {jobs[0][1].config.scale}"
+        raise ConfigError(Problem("scale", f"would change with the nodes: {found}", instead))
     return jobs
 
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from moe_scale.errors import Problem, raise_if
+from moe_scale.errors import ConfigError, Problem, raise_if
 from moe_scale.parallel.launch import INTERFACE
 from moe_scale.telemetry.provenance import hide
 
@@ -50,7 +50,7 @@ class Carried:
 
     def shell_text(self, file: str) -> str:
         """A line of shell that writes the file, for this user alone."""
-        taken_over = f"awk 1 {shlex.join(map(str, self.users_files))}; " if self.users_files else ""
+        taken_over = f"grep -h = -- {shlex.join(map(str, self.users_files))}; " if self.users_files else ""
         added = f"printf '%s\\n' {shlex.join(self.lines)}"
         return f"(umask 077; {{ {taken_over}{added}; }} > {file}.new && mv {file}.new {file})"
 
@@ -106,7 +106,12 @@ def _users_files() -> tuple[Path, ...]:
 def _names(path: Path, unsafe: re.Pattern[str]) -> list[str]:
     """The variables of a user's file."""
     names, problems = [], []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or "it is not text"
+        raise ConfigError(Problem(str(path), f"cannot be read: {why}", "DeepSpeed reads it for the ranks")) from None
+    for number, line in enumerate(lines, 1):
         name, equals, value = line.partition("=")
         names.append(name.strip())
         if not equals:

@@ -116,6 +116,17 @@ def test_batch_scripts_pass_slurms_own_test(slurm: Slurm) -> None:
         assert re.search(r"Job \d+ to start at .* using \d+ processors on nodes n", result.output), result.output
 
 
+def test_the_job_of_launch_passes_slurms_own_test(slurm: Slurm, capsys: pytest.CaptureFixture[str]) -> None:
+    """On a CPU its option wins over the script's GPUs; and it may run on fewer nodes."""
+    for device, scale in (("cpu", "cpu"), ("gpu", "multinode")):
+        how = ["--slurm", "--nodes", "1-2", "--ranks_per_node", "4", "--device", device, "--scale", scale]
+        cli.main(["launch", RECIPE, *how])
+        command = capsys.readouterr().out.splitlines()[-1]
+        assert "sbatch --nodes=1-2 " in command
+        tested = type_in(slurm.controller, command.replace("sbatch ", "sbatch --test-only ")).wait(30).check()
+        assert re.search(r"Job \d+ to start at .* on nodes n", tested.output), tested.output
+
+
 def test_slurm_by_launch(slurm: Slurm, runs: Launches, tmp_path: Path) -> None:
     """Inside a job it starts a step; outside it submits the script that says what is to be started."""
     size = ["--slurm", "--nodes", "2", "--ranks_per_node", "1"]

@@ -243,6 +243,10 @@ def test_a_job_that_goes_on_with_fewer_nodes(capsys: pytest.CaptureFixture[str])
     script = f"recipes/slurm/train.sbatch {RECIPE}"
     assert commands(lines) == [f"MOE_SCALE_RANKS_PER_NODE=8 sbatch --nodes=2-4 --gpus-per-node=8 {script}"]
     assert "32 does not divide the 16 ranks" in refused(capsys, RECIPE, *flags, "--moe.ep_size", "32")
+    flags[2] = "1-2"
+    said = "would change with the nodes: multinode on 2, 1node on 1; set it for both: --scale multinode"
+    assert said in refused(capsys, RECIPE, *flags)
+    assert printed(capsys, RECIPE, *flags, "--scale", "multinode")
     flags[2] = "4-2"
     assert "write the smaller number first" in refused(capsys, RECIPE, *flags)
 
@@ -328,6 +332,8 @@ def test_values_that_would_reach_other_hosts_changed(
     assert "mine:2: no =; DeepSpeed wants NAME=VALUE on every line" in said
     assert f"mine:3, WANDB_API_KEY: {changed} '$'" in said
     assert "hid" not in said
+    (tmp_path / "mine").write_bytes(b"A=\xff")
+    assert "mine: cannot be read: it is not text" in refused(capsys, RECIPE, *HOSTS)
 
 
 @pytest.mark.parametrize("word", ["plain", "a;b", "*.jsonl", "it's", "a b", 'say "a b"', "$HOME", "`id`", "a\\b", ""])
