@@ -4,7 +4,7 @@ What they have in common: rank 0 is on the first host, and every rank sees the s
 
 * ``deepspeed`` takes the first address of ``hostname -I`` for that of rank 0, whatever network it belongs to, unless it
   is told the host's name. It starts the ranks of a hostfile with one host locally unless told ``--force_multi``.
-* pdsh and mpirun hand few variables on; the others come from a file that ``DS_ENV_FILE`` names.
+* pdsh and mpirun hand few variables on; the others come from a file that ``DS_ENV_FILE`` names (launch_environment).
 * pdsh hands words to a shell on each host, and DeepSpeed quotes those with a blank alone.
 * ``deepspeed --launcher slurm`` is left out: it sets neither RANK nor the address of rank 0. ``srun`` needs neither.
 """
@@ -15,23 +15,20 @@ import os
 import re
 import shlex
 import socket
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from moe_scale.errors import ConfigError, Problem
 from moe_scale.parallel.hostfile import Host
 from moe_scale.parallel.launch import INTERFACE
+from moe_scale.tools.launch_environment import QUOTED, Carried, carried
 
 DEFAULT_PORT = 29500
 ENVIRONMENT_FILE = ".deepspeed_env.launch"
 """Written into the current folder by the printed commands; ``DS_ENV_FILE`` names it."""
-
-CARRIED = ("PATH", "LD_LIBRARY_PATH", "OMP_NUM_THREADS", "DS_ACCELERATOR", "DEEPSPEED_TIMEOUT", INTERFACE)
-CARRIED_PREFIXES = ("GLOO_", "NCCL_", "HF_", "MOE_SCALE_", "TORCH_", "TRITON_", "WANDB_")
-SECRETS = ("TOKEN", "KEY", "SECRET", "PASSWORD")
-"""Parts of names whose variables are not carried: pdsh would show them on command lines that everyone can read."""
+RANKS_PER_NODE = "MOE_SCALE_RANKS_PER_NODE"
+"""Tells ``recipes/slurm/train.sh`` how many tasks a node gets."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +46,7 @@ class Request:
         master_port: of the rendezvous; None for the launcher's own choice.
         environ: of the ranks, besides what they inherit.
         slurm: options of ``sbatch`` or ``srun``, besides those of the numbers of nodes and ranks.
+        fewest_nodes: that a Slurm job may run on, where it may be fewer than there are hosts; else None.
     """
 
     recipe: str
@@ -62,6 +60,7 @@ class Request:
     master_port: int | None = None
     environ: Mapping[str, str] = field(default_factory=dict)
     slurm: tuple[str, ...] = ()
+    fewest_nodes: int | None = None
 
     @property
     def num_ranks(self) -> int:
@@ -85,21 +84,20 @@ class Command:
         argv: the words.
         environ: variables to set for it.
         host: where it is typed; empty for here.
-        carried: variables that have to be in the file that ``DS_ENV_FILE`` names.
+        carried: what has to be in the file that ``DS_ENV_FILE`` names; None for no file.
     """
 
     argv: tuple[str, ...]
     environ: Mapping[str, str] = field(default_factory=dict)
     host: str = ""
-    carried: Mapping[str, str] = field(default_factory=dict)
+    carried: Carried | None = None
 
     def __str__(self) -> str:
         """Shell text to copy."""
         variables = dict(self.environ)
         lines = []
         if self.carried:
-            values = [shlex.quote(f"{name}={value}") for name, value in self.carried.items()]
-            lines.append(f"printf '%s\\n' {' '.join(values)} > {ENVIRONMENT_FILE}")
+            lines.append(self.carried.shell_text(ENVIRONMENT_FILE))
             variables = {"DS_ENV_FILE": f"$PWD/{ENVIRONMENT_FILE}"} | variables
         words = [f'{k}="{v}"' if v.startswith("$PWD") else f"{k}={shlex.quote(v)}" for k, v in variables.items()]
         return "\n".join([*lines, " ".join([*words, shlex.join(self.argv)])])
@@ -121,7 +119,7 @@ def deepspeed(request: Request) -> list[Command]:
     if local:
         return [Command((*argv, *request.script), request.environ)]
     words = [through_pdsh(word) for word in request.script]
-    return [Command((*argv, *words), carried=environment(request.environ))]
+    return [Command((*argv, *words), carried=carried(request.environ))]
 
 
 def deepspeed_openmpi(request: Request) -> list[Command]:
@@ -142,8 +140,8 @@ def deepspeed_openmpi(request: Request) -> list[Command]:
     argv = ["deepspeed", "--hostfile", str(request.hostfile), "--launcher", "openmpi"]
     argv += [f"--launcher_args={shlex.join(options)}", *_master(request), *_forced(request), *request.script]
     address, port = request.rendezvous
-    carried = environment({"MASTER_ADDR": address, "MASTER_PORT": str(port), **request.environ}, unsafe=_QUOTED)
-    return [Command(tuple(argv), carried=carried)]
+    extra = {"MASTER_ADDR": address, "MASTER_PORT": str(port), **request.environ}
+    return [Command(tuple(argv), carried=carried(extra, unsafe=QUOTED))]
 
 
 def torchrun(request: Request) -> list[Command]:
@@ -184,40 +182,24 @@ def accelerate(request: Request) -> list[Command]:
 
 def srun(request: Request) -> list[Command]:
     """One task a rank, in the allocation that this command is typed in."""
-    argv = ["srun", "--kill-on-bad-exit=1", *_slurm_size(request), *request.slurm, "python", *request.script]
+    ranks = request.hosts[0].num_ranks
+    size: tuple[str, ...] = (f"--nodes={len(request.hosts)}", f"--ntasks-per-node={ranks}", _gpus(request))
+    if processors := os.environ.get("SLURM_CPUS_PER_TASK"):  # of the allocation; from version 22.05 srun passes over it
+        size = (*size, f"--cpus-per-task={processors}")
+    argv = ["srun", "--kill-on-bad-exit=1", *size, *request.slurm, "python", *request.script]
     return [Command(tuple(argv), request.environ)]
 
 
 def sbatch(request: Request, script: str) -> list[Command]:
-    """The batch job of ``recipes/slurm/``, which starts the tasks and survives preemption."""
-    return [Command(("sbatch", *_slurm_size(request), *request.slurm, script, *request.script), request.environ)]
+    """The batch job of ``recipes/slurm/``, which starts the tasks and survives preemption.
 
-
-_READ_BY_SHELLS = re.compile(r'["$`\\\n]')
-"""Characters that DeepSpeed does not quote for pdsh."""
-_QUOTED = re.compile(r"[^\w@%+=:,./-]")
-"""Characters that DeepSpeed puts a value in quotes for, which no shell takes off under mpirun."""
-
-
-def environment(extra: Mapping[str, str], unsafe: re.Pattern[str] = _READ_BY_SHELLS) -> dict[str, str]:
-    """The variables of this shell that ranks on other hosts need, and ``extra``; what a user's own file says wins.
-
-    Raises:
-        ConfigError: for a value with an ``unsafe`` character, which DeepSpeed would hand on changed.
+    The ranks of a node are handed to the script and not to Slurm, which would keep the number of tasks when a node is
+    lost: the job could not go on with those that are left.
     """
-    carried = {
-        name: value
-        for name, value in os.environ.items()
-        if (name in CARRIED or name.startswith(CARRIED_PREFIXES)) and not any(part in name for part in SECRETS)
-    }
-    own, path = str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)
-    carried["PATH"] = path if own in path.split(os.pathsep) else f"{own}{os.pathsep}{path}"
-    carried |= {**extra, **_users_file()}
-    for name, value in carried.items():
-        if found := unsafe.search(value):
-            what = f"{value!r} would reach the other hosts changed, for its {found[0]!r}"
-            raise ConfigError(Problem(name, what, "unset it, or set it without that character"))
-    return carried
+    most = len(request.hosts)
+    nodes = f"{request.fewest_nodes}-{most}" if request.fewest_nodes else str(most)
+    argv = ["sbatch", f"--nodes={nodes}", _gpus(request), *request.slurm, script, *request.script]
+    return [Command(tuple(argv), {RANKS_PER_NODE: str(request.hosts[0].num_ranks), **request.environ})]
 
 
 def through_pdsh(word: str) -> str:
@@ -236,20 +218,6 @@ def is_this_host(name: str) -> bool:
     """Whether a hostfile's name is that of this machine, with or without its domain."""
     here = socket.gethostname().lower()
     return name.lower() in ("localhost", "127.0.0.1", here, here.split(".")[0]) or name.lower().split(".")[0] == here
-
-
-def _users_file() -> dict[str, str]:
-    """What is in the file that DeepSpeed would read if ``DS_ENV_FILE`` did not name another one."""
-    name = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
-    found: dict[str, str] = {}
-    for folder in (Path("~").expanduser(), Path()):  # DeepSpeed's order
-        path = folder / name
-        for line in path.read_text().splitlines() if path.is_file() else []:
-            key, equals, value = line.partition("=")
-            if not equals:
-                raise ConfigError(Problem(str(path), f"{line!r}", "DeepSpeed wants NAME=VALUE on every line"))
-            found[key.strip()] = value.strip()
-    return found
 
 
 def _selected(request: Request) -> list[str]:
@@ -276,10 +244,8 @@ def _visible(host: Host, request: Request) -> Mapping[str, str]:
     return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, host.slots)), **request.environ}
 
 
-def _slurm_size(request: Request) -> Sequence[str]:
-    ranks = request.hosts[0].num_ranks
-    gpus = ranks if request.on_gpu else 0
-    return (f"--nodes={len(request.hosts)}", f"--ntasks-per-node={ranks}", f"--gpus-per-node={gpus}")
+def _gpus(request: Request) -> str:
+    return f"--gpus-per-node={request.hosts[0].num_ranks if request.on_gpu else 0}"
 
 
 def _refuse(launcher: str, what: str, instead: str) -> ConfigError:

@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ import psutil
 
 from moe_scale.errors import ConfigError, Problem
 from moe_scale.tools.launch_commands import Command
+from moe_scale.tools.launch_environment import search_path
 
 ASKING = (signal.SIGTERM, signal.SIGUSR1)
 """Signals that ask a run to save and stop."""
@@ -30,12 +30,13 @@ def start(command: Command, recipe: Path) -> NoReturn:
         SystemExit: always.
     """
     name = command.argv[0]
-    beside = Path(sys.executable).with_name(name)  # the environment need not be active
-    found = str(beside) if beside.is_file() else shutil.which(name)
+    path = search_path()  # of the ranks, too: srun looks for python there
+    found = shutil.which(name, path=path)
     if not found:
         raise ConfigError(Problem("--run", f"{name} is not on PATH", "install it, or choose another --launcher"))
     with _environment_file(command) as environ:
-        process = subprocess.Popen([found, *command.argv[1:]], env=os.environ | dict(command.environ) | environ)
+        environ = {**os.environ, "PATH": path, **command.environ, **environ}
+        process = subprocess.Popen([found, *command.argv[1:]], env=environ)
         with _handing_on(process, recipe):
             code = process.wait()
     raise SystemExit(code if code >= 0 else 128 - code)
@@ -43,12 +44,15 @@ def start(command: Command, recipe: Path) -> NoReturn:
 
 @contextlib.contextmanager
 def _environment_file(command: Command) -> Iterator[dict[str, str]]:
-    """What tells DeepSpeed of the file with the variables for other hosts; the file is there until the run ends."""
+    """What tells DeepSpeed of the file with the variables for other hosts.
+
+    The file can be read by this user alone, and is there until the run ends.
+    """
     if not command.carried:
         yield {}
         return
     with tempfile.NamedTemporaryFile("w", prefix="deepspeed_env.") as file:
-        file.writelines(f"{name}={value}\n" for name, value in command.carried.items())
+        file.write(command.carried.text())
         file.flush()
         yield {"DS_ENV_FILE": file.name}
 

@@ -10,12 +10,14 @@ SAVED=75 # the exit code of a run that was asked to stop, and has saved
 # where sbatch is typed, names the network that gloo and NCCL use, as ib0.
 #
 # A job for several nodes is given whole nodes and no number of tasks: Slurm keeps that number when a node is lost, and a
-# job of --nodes=1-4 could not go on with the three that are left. There is a task for each GPU of a node;
-# MOE_SCALE_RANKS_PER_NODE, set where sbatch is typed, makes it another number.
+# job of --nodes=1-4 could not go on with the three that are left. There is a task for each GPU of a node. A job's own
+# --ntasks-per-node wins over that, and MOE_SCALE_RANKS_PER_NODE, set where sbatch is typed, over both.
 train() {
     local recipe=$1 step code asked= ranks
     shift
     ranks=${MOE_SCALE_RANKS_PER_NODE:-${SLURM_NTASKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}}
+    # Slurm hands the processors of a task to the script, and from version 22.05 no further.
+    if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
     # --resume comes first, so that a user's own wins.
     srun --kill-on-bad-exit=1 --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node="$ranks" python "$recipe" --resume auto "$@" &
     step=$!

@@ -109,10 +109,22 @@ def test_a_wrong_setting_starts_nothing(four_hosts: Cluster, runs: Launches, tmp
 def test_batch_scripts_pass_slurms_own_test(slurm: Slurm) -> None:
     assert SCRIPTS
     for script in SCRIPTS:
-        # As it stands but for the number of nodes, of which this cluster has two.
-        argv = ["sbatch", "--test-only", "--nodes=1-2", str(script), RECIPE, "recipes/slurm/sweep.txt"]
+        # As it stands but for the size of this cluster: two nodes, of a processor for each of 8 tasks.
+        sizes = ["--nodes=1-2", *(["--cpus-per-task=1"] if "--cpus-per-task" in script.read_text() else [])]
+        argv = ["sbatch", "--test-only", *sizes, str(script), RECIPE, "recipes/slurm/sweep.txt"]
         result = slurm.controller.run(argv).check()
         assert re.search(r"Job \d+ to start at .* using \d+ processors on nodes n", result.output), result.output
+
+
+def test_the_job_of_launch_passes_slurms_own_test(slurm: Slurm, capsys: pytest.CaptureFixture[str]) -> None:
+    """On a CPU its option wins over the script's GPUs; and it may run on fewer nodes."""
+    for device, scale in (("cpu", "cpu"), ("gpu", "multinode")):
+        how = ["--slurm", "--nodes", "1-2", "--ranks_per_node", "4", "--device", device, "--scale", scale]
+        cli.main(["launch", RECIPE, *how])
+        command = capsys.readouterr().out.splitlines()[-1]
+        assert "sbatch --nodes=1-2 " in command
+        tested = type_in(slurm.controller, command.replace("sbatch ", "sbatch --test-only ")).wait(30).check()
+        assert re.search(r"Job \d+ to start at .* on nodes n", tested.output), tested.output
 
 
 def test_slurm_by_launch(slurm: Slurm, runs: Launches, tmp_path: Path) -> None:

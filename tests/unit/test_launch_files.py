@@ -99,6 +99,7 @@ def test_batch_script(script: Path) -> None:
     found = options(script)
     if found["nodes"] == "1":
         assert found["ntasks-per-node"] == found["gpus-per-node"], "one task a GPU"
+        assert int(found["cpus-per-task"]) > 2, "a rank, its loader and its saver"
     else:  # train.sh has a task for each GPU
         assert "exclusive" in found, "or a node's processors go to others"
         assert not any("ntasks" in name for name in found), "or the job could not go on with fewer nodes"
@@ -117,6 +118,7 @@ def test_batch_script_outside_of_the_checkout_says_so(script: Path, tmp_path: Pa
 
 FAKE_SRUN = """#!/bin/sh
 for word in "$@"; do printf '%s|' "$word"; done >> "$0.log"
+echo "processors: $SRUN_CPUS_PER_TASK" >&2
 """
 
 
@@ -151,6 +153,28 @@ def test_a_sweep_takes_the_line_of_its_task(tmp_path: Path) -> None:
         code, _, said = words_of_srun(tmp_path, "sweep.sbatch", *argv, environ=environ | task)
         assert code == 2
         assert ("no line of settings 3" if task["SLURM_ARRAY_TASK_ID"] else "usage: sbatch --array") in said
+
+
+def test_a_sweep_keeps_empty_words_and_takes_no_notes_for_settings(tmp_path: Path) -> None:
+    lines = tmp_path / "lines.txt"
+    lines.write_text("--max_steps 1 --telemetry.run_name ''\n--max_steps 1 # a note\n--name '#' x\n--name 'a\n")
+    environ = {"SLURM_ARRAY_JOB_ID": "40"}
+    argv = ("recipes/lm_16l.py", str(lines))
+    tasks = {
+        task: words_of_srun(tmp_path, "sweep.sbatch", *argv, environ=environ | {"SLURM_ARRAY_TASK_ID": task})
+        for task in "4321"
+    }
+    for task, why in (("2", "a note needs a line of its own"), ("3", "a note"), ("4", "cannot read the line --name")):
+        code, words, said = tasks[task]
+        assert (code, words) == (2, [])
+        assert why in said
+    assert tasks["1"][1][-4:] == ["--max_steps", "1", "--telemetry.run_name", ""]
+
+
+def test_processors_of_a_task_reach_the_ranks(tmp_path: Path) -> None:
+    """srun reads SRUN_CPUS_PER_TASK alone, and Slurm sets SLURM_CPUS_PER_TASK alone."""
+    for environ, said in (({"SLURM_CPUS_PER_TASK": "6"}, "processors: 6\n"), ({}, "processors: \n")):
+        assert words_of_srun(tmp_path, "one_node.sbatch", environ=environ)[2] == said
 
 
 def test_the_example_sweep_passes_every_check(tmp_path: Path) -> None:

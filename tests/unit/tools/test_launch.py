@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -15,9 +16,11 @@ from moe_scale import cli
 from moe_scale.parallel import device as devices
 from moe_scale.tools import launch_commands
 from moe_scale.tools.launch_commands import Command, through_pdsh
+from moe_scale.tools.launch_environment import carried, is_secret
 from tests.ranks import REPO, free_port
 
 RECIPE = "recipes/lm_16l.py"
+HOSTS = ("--hostfile", "hostfiles/2x8")
 
 
 @pytest.fixture(autouse=True)
@@ -70,16 +73,17 @@ def commands(lines: list[str]) -> list[str]:
 def test_this_machine(launcher: list[str], command: str, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--device", "cpu", "--ranks_per_node", "2", "--moe.ep_size", "2"]
     lines = printed(capsys, RECIPE, *launcher, *flags)
-    assert commands(lines) == [command]
+    assert commands(lines) == [f"DS_ACCELERATOR=cpu {command}"]
     assert "lm_16l at scale cpu, checked for 2 ranks on a CPU: ep_size 2, ZeRO-3" in lines[0]
 
 
 def test_a_port_and_an_interface_on_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--device", "cpu", "--master_port", "1234", "--interface", "eth0"]
     (command,) = commands(printed(capsys, RECIPE, *flags))
-    assert command == f"MOE_SCALE_INTERFACE=eth0 deepspeed --num_accelerators 1 --master_port 1234 {RECIPE}"
+    environ = "MOE_SCALE_INTERFACE=eth0 DS_ACCELERATOR=cpu"
+    assert command == f"{environ} deepspeed --num_accelerators 1 --master_port 1234 {RECIPE}"
     (command,) = commands(printed(capsys, RECIPE, *flags, "--launcher", "torchrun"))
-    assert command == f"MOE_SCALE_INTERFACE=eth0 torchrun --master_port 1234 --nproc_per_node 1 {RECIPE}"
+    assert command == f"{environ} torchrun --master_port 1234 --nproc_per_node 1 {RECIPE}"
 
 
 # --- the hosts of a hostfile -----------------------------------------------------------------------------------------
@@ -93,7 +97,9 @@ def test_deepspeed_carries_the_environment_in_a_file(
               "HF_TOKEN": "hidden", "WANDB_API_KEY": "hidden", "EDITOR": "vi"}  # fmt: skip
     for name, value in values.items():
         monkeypatch.setenv(name, value)
-    lines = commands(printed(capsys, RECIPE, "--hostfile", "hostfiles/2x8", "--interface", "ib0"))
+    told = printed(capsys, RECIPE, *HOSTS, "--interface", "ib0")
+    assert "not handed to other hosts, as possible secrets: HF_TOKEN, WANDB_API_KEY; ~/.deepspeed_env is" in told[1]
+    lines = commands(told)
     assert len(lines) == 2
     assert lines[1] == (
         f'DS_ENV_FILE="$PWD/.deepspeed_env.launch" deepspeed --hostfile hostfiles/2x8 '
@@ -107,14 +113,59 @@ def test_deepspeed_carries_the_environment_in_a_file(
     }  # fmt: skip
 
 
-def test_a_users_own_environment_file_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "mine").write_text("OMP_NUM_THREADS=8\nMINE=1\n")
-    monkeypatch.setenv("DS_ENV_FILE", str(tmp_path / "mine"))
-    monkeypatch.setenv("OMP_NUM_THREADS", "4")
-    found = launch_commands.environment({"OTHER": "2"})
-    assert {name: found[name] for name in ("OMP_NUM_THREADS", "MINE", "OTHER")} == {
-        "OMP_NUM_THREADS": "8", "MINE": "1", "OTHER": "2",
-    }  # fmt: skip
+def test_a_users_own_file_is_taken_over_unseen(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its values win over those of the shell, and are neither printed nor left for others to read."""
+    mine = tmp_path / "my file"
+    mine.write_text("OMP_NUM_THREADS=8\nWANDB_API_KEY=hidden")  # its last line has no end
+    monkeypatch.setenv("DS_ENV_FILE", str(mine))
+    for name, value in {"OMP_NUM_THREADS": "4", "WANDB_API_KEY": "old", "DS_ACCELERATOR": "cuda"}.items():
+        monkeypatch.setenv(name, value)
+    told = printed(capsys, RECIPE, *HOSTS, "--device", "cpu")
+    assert "hidden" not in "\n".join(told)
+    assert "possible secrets" not in "\n".join(told), "the file hands it on"
+    written = tmp_path / ".deepspeed_env.launch"
+    written.touch(0o644)
+    subprocess.run(["sh", "-c", f"umask 022; {commands(told)[0]}"], cwd=tmp_path, check=True)
+    assert written.stat().st_mode & 0o777 == 0o600
+    handed_on = [line for line in written.read_text().splitlines() if not line.startswith("PATH=")]
+    assert handed_on == ["OMP_NUM_THREADS=8", "WANDB_API_KEY=hidden", "DS_ACCELERATOR=cpu"]
+    assert written.read_text() == carried({"DS_ACCELERATOR": "cpu"}).text(), "--run writes the same"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "secret"),
+    [
+        ("HF_TOKEN", "x", True), ("HF_proxy_auth", "x", True), ("GLOO_CREDENTIALS", "x", True),
+        ("HF_BASIC_AUTH", "x", True), ("HF_ENDPOINT", "https://me:word@mirror", True),
+        ("HF_ENDPOINT", "https://mirror", False), ("HF_AUTHOR", "x", False), ("HF_TOKENIZERS", "x", False),
+        ("NCCL_DEBUG", "INFO", False),
+    ],
+)  # fmt: skip
+def test_what_may_be_a_secret(name: str, value: str, secret: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert is_secret(name, value) == secret
+    monkeypatch.setenv(name, value)
+    assert (name in carried({}).held_back) == secret
+    assert (name in carried({}).values) != secret
+
+
+def test_a_cpu_is_asked_for_on_every_host(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hosts with GPUs would use them, whatever the settings were checked for."""
+    cpu = ("--device", "cpu")
+    for launcher in ("deepspeed", "deepspeed-openmpi", "torchrun", "accelerate"):
+        lines = commands(printed(capsys, RECIPE, *HOSTS, *cpu, "--launcher", launcher))
+        lines = lines[:1] if launcher.startswith("deepspeed") else lines
+        assert lines
+        assert all("DS_ACCELERATOR=cpu" in line for line in lines), launcher
+    size = ("--slurm", "--nodes", "2", "--ranks_per_node", "8")
+    (command,) = commands(printed(capsys, RECIPE, *size, *cpu))
+    assert re.match("[^ ]+ DS_ACCELERATOR=cpu sbatch ", command)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    (command,) = commands(printed(capsys, RECIPE, *size, *cpu))
+    assert command.startswith("DS_ACCELERATOR=cpu srun ")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert "DS_ACCELERATOR is cpu and reaches the ranks; unset it" in refused(capsys, RECIPE, *HOSTS, "--device", "gpu")
 
 
 def test_part_of_a_hostfile(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -178,25 +229,45 @@ def test_outside_a_job_it_submits_one(capsys: pytest.CaptureFixture[str]) -> Non
     flags = ["--slurm", "--nodes", "4", "--gpus-per-node", "8", "--time", "2:00:00", "--partition", "gpu"]
     (command,) = commands(printed(capsys, RECIPE, *flags, "--output_dir", "runs/a b"))
     assert command == (
-        "sbatch --nodes=4 --ntasks-per-node=8 --gpus-per-node=8 --time=2:00:00 --partition=gpu "
+        "MOE_SCALE_RANKS_PER_NODE=8 sbatch --nodes=4 --gpus-per-node=8 --time=2:00:00 --partition=gpu "
         f"recipes/slurm/train.sbatch {RECIPE} --output_dir 'runs/a b'"
     )
 
 
+def test_a_job_that_goes_on_with_fewer_nodes(capsys: pytest.CaptureFixture[str]) -> None:
+    """Settings are checked for the most and the fewest."""
+    flags = ["--slurm", "--nodes", "2-4", "--ranks_per_node", "8"]
+    lines = printed(capsys, RECIPE, *flags)
+    assert ["32 ranks (8 + 8 + 8 + 8)" in lines[0], "16 ranks (8 + 8)" in lines[1]] == [True, True]
+    script = f"recipes/slurm/train.sbatch {RECIPE}"
+    assert commands(lines) == [f"MOE_SCALE_RANKS_PER_NODE=8 sbatch --nodes=2-4 --gpus-per-node=8 {script}"]
+    assert "32 does not divide the 16 ranks" in refused(capsys, RECIPE, *flags, "--moe.ep_size", "32")
+    flags[2] = "1-2"
+    said = "would change with the nodes: multinode on 2, 1node on 1; set it for both: --scale multinode"
+    assert said in refused(capsys, RECIPE, *flags)
+    assert printed(capsys, RECIPE, *flags, "--scale", "multinode")
+    flags[2] = "4-2"
+    assert "write the smaller number first" in refused(capsys, RECIPE, *flags)
+
+
 def test_inside_a_job_it_starts_a_step(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_PER_NODE": "gpu:a100:4"}
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_PER_NODE": "gpu:a100:4",
+           "SLURM_CPUS_PER_TASK": "6"}  # fmt: skip
     for name, value in job.items():
         monkeypatch.setenv(name, value)
     (command,) = commands(printed(capsys, RECIPE, "--slurm"))
-    size = "--nodes=2 --ntasks-per-node=4 --gpus-per-node=4"
+    size = "--nodes=2 --ntasks-per-node=4 --gpus-per-node=4 --cpus-per-task=6"
     assert command == f"srun --kill-on-bad-exit=1 {size} python {RECIPE}"
     (command,) = commands(printed(capsys, RECIPE, "--slurm", "--ranks_per_node", "2", "--device", "cpu"))
     assert "--nodes=2 --ntasks-per-node=2 --gpus-per-node=0" in command
+    monkeypatch.setenv("MOE_SCALE_RANKS_PER_NODE", "3")
+    (command,) = commands(printed(capsys, RECIPE, "--slurm", "--moe.ep_size", "3", "--moe.num_experts", "6"))
+    assert "--ntasks-per-node=3" in command, "as train.sh has it"
+    for words in (("--partition", "a"), ("--account", "a"), ("--qos", "a"), ("--nodes", "1-2")):
+        assert "for a new job, and this is inside of one" in refused(capsys, RECIPE, "--slurm", *words)
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
-
-HOSTS = ("--hostfile", "hostfiles/2x8")
 
 
 @pytest.mark.parametrize(
@@ -210,6 +281,8 @@ HOSTS = ("--hostfile", "hostfiles/2x8")
         (("--slurm", "--nodes", "2", "--master_port", "4000"), "the number of the job gives a port"),
         (("--nodes", "2", "--time", "10"), "2 problems"),
         (("--slurm",), "--ranks_per_node: not given"),
+        (("--slurm", "--nodes", "2", "--array", "1-3"), "--array: all jobs of it would write into one output_dir"),
+        (("--device", "gpu"), "--ranks_per_node: not given, and this machine has no GPUs to count"),
         (("--launcher", "deepspeed-openmpi"), "has no hostfile"),
         ((*HOSTS, "--launcher", "deepspeed-openmpi", "--exclude", "node-2"), "takes all hosts of a hostfile"),
         (
@@ -235,21 +308,31 @@ def test_it_is_told_before_anything_starts(
     assert what in refused(capsys, RECIPE, *words)
 
 
-def test_a_file_that_is_no_recipe(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "is no Python file" in refused(capsys, "recipes/none.py")
+@pytest.mark.parametrize(
+    ("file", "what"), [("none", "none.py is no Python file"), ("compare_moe", "compare_moe.py defines no RECIPE")]
+)
+def test_a_file_that_is_no_recipe(file: str, what: str, capsys: pytest.CaptureFixture[str]) -> None:
+    said = refused(capsys, f"recipes/{file}.py", *HOSTS)
+    assert said == f"error: 1 problem with the settings\n  - recipe: recipes/{what}; for example recipes/lm_16l.py\n"
 
 
 def test_values_that_would_reach_other_hosts_changed(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("NCCL_DEBUG_FILE", "$HOME/nccl.log")
-    assert "NCCL_DEBUG_FILE: '$HOME/nccl.log' would reach the other hosts changed" in refused(capsys, RECIPE, *HOSTS)
+    changed = "the value would reach the other hosts changed, for its"
+    assert f"NCCL_DEBUG_FILE: {changed} '$'" in refused(capsys, RECIPE, *HOSTS)
     monkeypatch.setenv("NCCL_DEBUG_FILE", "a file")
     assert printed(capsys, RECIPE, *HOSTS)
-    assert "'a file' would reach" in refused(capsys, RECIPE, *HOSTS, "--launcher", "deepspeed-openmpi")
-    (tmp_path / "mine").write_text("no value\n")
+    assert f"{changed} ' '" in refused(capsys, RECIPE, *HOSTS, "--launcher", "deepspeed-openmpi")
+    (tmp_path / "mine").write_text("A=1\nhidden\nWANDB_API_KEY=hid$den\n")
     monkeypatch.setenv("DS_ENV_FILE", str(tmp_path / "mine"))
-    assert "DeepSpeed wants NAME=VALUE on every line" in refused(capsys, RECIPE, *HOSTS)
+    said = refused(capsys, RECIPE, *HOSTS)
+    assert "mine:2: no =; DeepSpeed wants NAME=VALUE on every line" in said
+    assert f"mine:3, WANDB_API_KEY: {changed} '$'" in said
+    assert "hid" not in said
+    (tmp_path / "mine").write_bytes(b"A=\xff")
+    assert "mine: cannot be read: it is not text" in refused(capsys, RECIPE, *HOSTS)
 
 
 @pytest.mark.parametrize("word", ["plain", "a;b", "*.jsonl", "it's", "a b", 'say "a b"', "$HOME", "`id`", "a\\b", ""])
@@ -276,7 +359,9 @@ def started(argv: list[str], recipe: Path, environ: dict[str, str] | None = None
     code = (
         "from pathlib import Path; from moe_scale.tools.launch_run import start; "
         "from moe_scale.tools.launch_commands import Command; "
-        f"start(Command({tuple(argv)!r}, carried={environ or {}!r}), Path({str(recipe)!r}))"
+        "from moe_scale.tools.launch_environment import Carried; "
+        f"carried = Carried({environ}) if {bool(environ)} else None; "
+        f"start(Command({tuple(argv)!r}, carried=carried), Path({str(recipe)!r}))"
     )
     return subprocess.Popen([sys.executable, "-c", code], cwd=REPO, stdout=subprocess.PIPE, text=True)
 
@@ -290,6 +375,16 @@ def test_the_exit_code_is_the_launchers(tmp_path: Path) -> None:
 def test_deepspeed_finds_the_file_of_variables(tmp_path: Path) -> None:
     process = started(["sh", "-c", 'cat "$DS_ENV_FILE"'], tmp_path, {"A": "1", "B": "two words"})
     assert process.communicate(timeout=30)[0] == "A=1\nB=two words\n"
+
+
+def test_ranks_find_the_python_that_launches_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Called by its path, with the environment not active: srun takes ``python`` from PATH, and another is there."""
+    other = tmp_path / "python"
+    other.write_text("#!/bin/sh\n")
+    other.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{Path(sys.executable).parent}:/usr/bin:/bin")
+    found = started(["sh", "-c", "command -v python"], tmp_path).communicate(timeout=30)[0].strip()
+    assert found == str(Path(sys.executable).with_name("python"))
 
 
 def test_a_launcher_that_is_not_installed(tmp_path: Path) -> None:
