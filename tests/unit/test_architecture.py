@@ -29,6 +29,7 @@ LAYERS = (
     ("models",),
     ("data", "telemetry", "evaluate", "checkpoint"),
     ("train",),
+    ("planner",),
     ("tools",),
     ("cli", "__init__"),
     ("__main__",),
