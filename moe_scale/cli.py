@@ -8,20 +8,21 @@ from typing import Any
 
 from moe_scale.telemetry.quiet import quiet
 
-TAKE_A_RECIPE = ("compare", "bench-checkpoint")
+TAKE_A_RECIPE = ("compare", "bench-checkpoint", "plan")
 """Tools that hand what they do not know to the recipe that they are given."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the tool that the command line names."""
     quiet()
-    from moe_scale.tools import bench, bench_checkpoint, compare, reshard
+    from moe_scale.tools import bench, bench_checkpoint, compare, plan, reshard
     from moe_scale.train.recipe import exit_codes
 
     modules: dict[str, Any] = {
         "bench": bench,
         "bench-checkpoint": bench_checkpoint,
         "compare": compare,
+        "plan": plan,
         "reshard": reshard,
     }
     parser = argparse.ArgumentParser(prog="moe-scale", description="Tools around training mixture-of-experts models.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 
 
 def positive(text: str) -> int:
@@ -13,6 +14,17 @@ def positive(text: str) -> int:
 def not_negative(text: str) -> int:
     """A whole number from 0."""
     return _at_least(0, text)
+
+
+def positive_number(text: str) -> float:
+    """A number above 0, as 2.5 or 1e12."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: choose a number above 0")
+    return value
 
 
 def _at_least(least: int, text: str) -> int:

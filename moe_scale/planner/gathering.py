@@ -1,0 +1,163 @@
+"""When ZeRO-3 gathers parameters and when it lets them go: how often each is gathered, and how much is held at once.
+
+DeepSpeed gathers a module's parameters before the module runs, and ahead of that what ``stage3_prefetch_bucket_size``
+allows. Afterwards it lets them go, unless they are used again within ``stage3_max_reuse_distance`` elements or the
+prefetch has counted on them. This follows ``PartitionedParameterCoordinator`` of DeepSpeed 0.19.8 over one micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from moe_scale.models.decoder import is_sparse
+from moe_scale.planner.model import Parameter, Subject
+
+PREFETCH, REUSE, LIVE, PERSIST = (
+    "stage3_prefetch_bucket_size",
+    "stage3_max_reuse_distance",
+    "stage3_max_live_parameters",
+    "stage3_param_persistence_threshold",
+)
+DEFAULTS = {
+    PREFETCH: 50_000_000,
+    REUSE: 1_000_000_000,
+    LIVE: 1_000_000_000,
+    PERSIST: 100_000,
+    "reduce_bucket_size": 500_000_000,
+    "sub_group_size": 1_000_000_000,
+}
+"""DeepSpeed's own, in elements."""
+
+
+@dataclass(frozen=True)
+class Gathering:
+    """What one micro-batch gathers of the parameters that are not persistent.
+
+    Attributes:
+        forward, backward: parameters gathered in each pass, one entry a time.
+        peak_numel: most elements that are gathered at once.
+    """
+
+    forward: tuple[Parameter, ...]
+    backward: tuple[Parameter, ...]
+    peak_numel: int
+
+
+def setting(subject: Subject, name: str) -> int:
+    """A number of the section ``zero_optimization``, or DeepSpeed's default of it."""
+    return int(subject.zero.get(name, DEFAULTS[name]))
+
+
+def is_persistent(subject: Subject, parameter: Parameter) -> bool:
+    """Whether stage 3 keeps the parameter whole on every rank between uses."""
+    return parameter.numel <= setting(subject, PERSIST)
+
+
+def forward_order(subject: Subject) -> list[str]:
+    """Names of the decoder's modules in the order in which a forward pass enters them; the root is empty."""
+    layers = [name for layer in range(subject.config.model.num_layers) for name in _layer_order(subject, layer)]
+    return ["", "embedding", *layers, "final_norm", "head"]
+
+
+def backward_order(subject: Subject) -> list[str]:
+    """The same for the backward pass. A module is entered once for each of its outputs that carries a gradient.
+
+    With activation checkpointing each layer is run forward again on the way.
+    """
+    model, moe = subject.config.model, subject.config.moe
+    order = ["", "head", "final_norm"]
+    for layer in reversed(range(model.num_layers)):
+        forward = _layer_order(subject, layer)
+        containers = {forward[0]: 1, f"layers.{layer}.attention": 1}
+        if is_sparse(moe, layer):
+            # Beside the hidden states the z-loss, and the balancing loss of routers that need one.
+            losses = {"hash": 0, "expert_choice": 1}.get(moe.router, 2)
+            containers |= {forward[0]: 1 + losses, f"layers.{layer}.moe": 1 + losses}
+        else:
+            containers[f"layers.{layer}.ffn"] = 1
+        entered = [forward[0]] * containers[forward[0]]
+        children: list[str] = []
+        for name in reversed(forward[1:]):
+            if name in containers:
+                entered += [name] * containers[name] + children
+                children = []
+            elif name.rpartition(".")[0] in containers and name.count(".") > 2:
+                children.append(name)
+            else:
+                entered.append(name)
+        if model.activation_checkpointing:
+            at = entered.index(next(n for n in entered if n not in containers))
+            entered[at:at] = forward
+        order += entered
+    return [*order, "embedding"]
+
+
+def _layer_order(subject: Subject, layer: int) -> list[str]:
+    model, moe = subject.config.model, subject.config.moe
+    attention = ["qkv", "q_norm", "k_norm", *(["gate"] if model.attention_gate != "none" else []), "out"]
+    if is_sparse(moe, layer):
+        block = "moe"
+        inside = [] if moe.router == "hash" else ["router"]
+        inside += ["noise"] if moe.router == "noisy" else []
+        dense = ["dense"] if moe.residual or moe.shared_intermediate_size else []
+        inside += [*dense, "experts"] if subject.ep_size > 1 else ["experts", *dense]
+        inside += ["mix"] if moe.residual else []
+    else:
+        block, inside = "ffn", ["gate_up", "down"]
+    names = ["", ".attention_norm", ".attention", *(f".attention.{name}" for name in attention)]
+    names += [".ffn_norm", f".{block}", *(f".{block}.{name}" for name in inside)]
+    return [f"layers.{layer}{name}" for name in names]
+
+
+def follow(subject: Subject) -> Gathering:
+    """Gathers of one micro-batch in a run that has gone through some: the first ones still record the order."""
+    owned: dict[str, list[Parameter]] = {}
+    for parameter in subject.parameters:
+        if not is_persistent(subject, parameter):
+            owned.setdefault(parameter.name.rpartition(".")[0], []).append(parameter)
+    if "embedding" in owned:
+        owned["head"] = owned["embedding"]  # the head shares the weight
+    forward, backward = forward_order(subject), backward_order(subject)
+    order = [owned.get(name, []) for name in forward + backward]
+    return _follow(order, len(forward), setting(subject, PREFETCH), setting(subject, REUSE), setting(subject, LIVE))
+
+
+def _follow(order: list[list[Parameter]], last_forward: int, prefetch: int, reuse: int, live: int) -> Gathering:
+    queue = deque((parameter, step) for step, module in enumerate(order) for parameter in module)
+    counted_on: dict[str, int] = {}
+    held: dict[str, int] = {}
+    gathered: tuple[list[Parameter], list[Parameter]] = ([], [])
+    peak = 0
+    sizes = [sum(p.numel for p in module) for module in order]
+    for step, module in enumerate(order):
+        into = gathered[step >= last_forward]
+        for parameter in module:
+            if parameter.name not in held:
+                held[parameter.name] = parameter.numel
+                into.append(parameter)
+        peak = max(peak, sum(held.values()))
+        wanted = {p.name for p in module if counted_on.get(p.name, -1) < step}
+        popped: set[str] = set()
+        while queue and len(popped) < len(wanted):
+            parameter, used_at = queue.popleft()
+            counted_on[parameter.name] = used_at
+            popped.add(parameter.name)
+        room, ahead = min(live - sum(held.values()), prefetch), 0
+        while queue and ahead < room:
+            parameter, used_at = queue.popleft()
+            counted_on[parameter.name] = max(counted_on.get(parameter.name, -1), used_at)
+            if parameter.name not in held:
+                held[parameter.name] = parameter.numel
+                ahead += parameter.numel
+                into.append(parameter)
+        peak = max(peak, sum(held.values()))
+        leaving = {p.name for p in module if counted_on.get(p.name, -1) <= step + 1}
+        passed, later = 0, step + 1
+        while leaving and later < len(order) and passed < reuse:
+            leaving -= {p.name for p in order[later]}
+            passed += sizes[later]
+            later += 1
+        for name in leaving:
+            held.pop(name, None)
+    return Gathering(tuple(gathered[0]), tuple(gathered[1]), peak)
