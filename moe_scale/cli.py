@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         module.add_arguments(tool)
     arguments, rest = parser.parse_known_args(argv)
     with exit_codes():
-        if arguments.tool in TAKE_A_RECIPE:
+        if arguments.tool in TAKE_A_RECIPE or vars(arguments).get("calibrate"):
             modules[arguments.tool].run(arguments, rest)
         elif rest:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")

@@ -1,12 +1,13 @@
 """What a forward pass keeps for the backward pass, term by term, and the most that is held on top of it.
 
 One function a part of the model, each term next to the operation that keeps it. Three kinds of kernels keep different
-things: ``cpu`` (the fused experts of a CPU, RMSNorms without a kernel of their own), ``torch`` (a GPU, grouped products,
+things: ``cpu`` (a CPU's fused experts, RMSNorms without a kernel of their own), ``torch`` (a GPU's grouped products,
 fused RMSNorm, attention without its scores) and ``triton``. Those of ``cpu`` are held against the allocations of real
-passes by ``tests/unit/planner/test_activations.py``; the other two are read off the code, and not measured yet.
+passes by ``tests/unit/planner/test_activations.py``; the other two are read off the code, not measured yet.
 
 Units: bytes. T tokens of a micro-batch, S sequence, D model width, H and G query and key/value heads of width A, V
-vocabulary, E experts, K experts a token, N = T*K rows that leave, R rows that arrive, F expert width, I = 2F with SwiGLU.
+vocabulary, E experts, K experts a token, N = T*K rows that leave, R rows that arrive, F expert width,
+I = 2F with SwiGLU.
 """
 
 from __future__ import annotations
@@ -230,7 +231,7 @@ def activations(s: Shapes) -> Activations:
 
 def layer_working(s: Shapes, layer: int) -> float:
     """What the backward pass of a layer holds for a moment: gradients of its largest step, of the weights too."""
-    model, moe, size, width = s.model, s.moe, s.size, s.model.d_model
+    moe, size, width = s.moe, s.size, s.model.d_model
     if is_sparse(moe, layer):
         matrices = 3 if moe.activation == "swiglu" else 2
         weights = moe.num_experts // s.ep_size * matrices * width * moe.intermediate_size * size

@@ -36,11 +36,14 @@ class Gathering:
 
     Attributes:
         forward, backward: parameters gathered in each pass, one entry a time.
-        peak_numel: most elements that are gathered at once.
+        forward_calls, backward_calls: how often it is gathered, several parameters a time.
+        peak_numel: most elements that are gathered at once; a shard that is the whole is not gathered.
     """
 
     forward: tuple[Parameter, ...]
     backward: tuple[Parameter, ...]
+    forward_calls: int
+    backward_calls: int
     peak_numel: int
 
 
@@ -120,23 +123,30 @@ def follow(subject: Subject) -> Gathering:
         owned["head"] = owned["embedding"]  # the head shares the weight
     forward, backward = forward_order(subject), backward_order(subject)
     order = [owned.get(name, []) for name in forward + backward]
-    return _follow(order, len(forward), setting(subject, PREFETCH), setting(subject, REUSE), setting(subject, LIVE))
+    copied = {p.name for p in subject.parameters if subject.shard_ranks(p) > 1}
+    limits = (setting(subject, PREFETCH), setting(subject, REUSE), setting(subject, LIVE))
+    return _follow(order, len(forward), copied, *limits)
 
 
-def _follow(order: list[list[Parameter]], last_forward: int, prefetch: int, reuse: int, live: int) -> Gathering:
+def _follow(
+    order: list[list[Parameter]], last_forward: int, copied: set[str], prefetch: int, reuse: int, live: int
+) -> Gathering:
     queue = deque((parameter, step) for step, module in enumerate(order) for parameter in module)
     counted_on: dict[str, int] = {}
     held: dict[str, int] = {}
     gathered: tuple[list[Parameter], list[Parameter]] = ([], [])
+    calls = [0, 0]
     peak = 0
     sizes = [sum(p.numel for p in module) for module in order]
     for step, module in enumerate(order):
         into = gathered[step >= last_forward]
+        before = len(into)
         for parameter in module:
             if parameter.name not in held:
                 held[parameter.name] = parameter.numel
                 into.append(parameter)
-        peak = max(peak, sum(held.values()))
+        calls[step >= last_forward] += len(into) > before
+        peak = max(peak, sum(numel for name, numel in held.items() if name in copied))
         wanted = {p.name for p in module if counted_on.get(p.name, -1) < step}
         popped: set[str] = set()
         while queue and len(popped) < len(wanted):
@@ -151,7 +161,8 @@ def _follow(order: list[list[Parameter]], last_forward: int, prefetch: int, reus
                 held[parameter.name] = parameter.numel
                 ahead += parameter.numel
                 into.append(parameter)
-        peak = max(peak, sum(held.values()))
+        calls[step >= last_forward] += ahead > 0
+        peak = max(peak, sum(numel for name, numel in held.items() if name in copied))
         leaving = {p.name for p in module if counted_on.get(p.name, -1) <= step + 1}
         passed, later = 0, step + 1
         while leaving and later < len(order) and passed < reuse:
@@ -160,4 +171,4 @@ def _follow(order: list[list[Parameter]], last_forward: int, prefetch: int, reus
             later += 1
         for name in leaving:
             held.pop(name, None)
-    return Gathering(tuple(gathered[0]), tuple(gathered[1]), peak)
+    return Gathering(tuple(gathered[0]), tuple(gathered[1]), calls[0], calls[1], peak)

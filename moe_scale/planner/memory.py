@@ -144,7 +144,9 @@ def _stage_3(subject: Subject) -> States:
     states = States(
         weights=shards * size,
         whole=sum(
-            subject.shard(p) * subject.shard_ranks(p) * size for p in subject.parameters if is_persistent(subject, p)
+            subject.shard(p) * subject.shard_ranks(p) * size
+            for p in subject.parameters
+            if is_persistent(subject, p) and subject.shard_ranks(p) > 1  # alone, the shard is the whole
         ),
         master=shards * 4,
         moments=sum(moment_bytes(subject, numel) for numel in flat),

@@ -107,7 +107,8 @@ class Subject:
 
     def global_params(self, active: bool = False) -> dict[str, int]:
         """Parameters of the whole model by part; with ``active`` those that one token uses."""
-        moe, found = self.config.moe, {}
+        moe = self.config.moe
+        found: dict[str, int] = {}
         for p in self.parameters:
             experts = p.part == "experts"
             count = p.numel * (self.ep_size if p.expert_parallel else 1)

@@ -252,4 +252,4 @@ def shapes_for(subject: Subject, wishes: Wishes) -> Shapes:
 
 def gib(size: float) -> str:
     """Bytes in GiB, or MiB where that is too coarse."""
-    return f"{size / 2**30:,.1f} GiB" if size >= 2**30 / 4 else f"{size / 2**20:,.1f} MiB"
+    return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
 
 from moe_scale.planner.plan import Plan, gib
+from moe_scale.planner.search import Outcome, reasons
+from moe_scale.planner.simulate import Simulation, group_members
 from moe_scale.planner.traffic import on_links
 
 BOUNDS = {
@@ -25,11 +27,10 @@ def show(plan: Plan, console: Console | None = None) -> None:
     console = console or Console(width=110, highlight=False)
     subject, record = plan.subject, plan.record()
     layout, cluster = record["layout"], subject.cluster
-    console.print(
-        f"{subject.recipe} on {cluster.nodes} x {cluster.devices_per_node} {cluster.name}: ZeRO-{layout['zero_stage']}, "
-        f"{layout['precision']}, ep_size {layout['ep_size']}, {layout['micro_batch']} x {layout['seq_len']} tokens a "
-        f"micro-batch, {layout['grad_accum']} of them, {layout['tokens_per_step']:,} tokens a step"
-    )
+    micro_batches = "1 micro-batch" if layout["grad_accum"] == 1 else f"{layout['grad_accum']} micro-batches"
+    tokens = f"{micro_batches} of {layout['micro_batch']} x {layout['seq_len']} tokens a rank"
+    console.print(f"{subject.recipe} on {cluster.nodes} x {cluster.devices_per_node} {cluster.name}")
+    console.print(f"ZeRO-{layout['zero_stage']}, {layout['precision']}, ep_size {layout['ep_size']}, {tokens}")
     console.print(_parameters(record["parameters"]))
     console.print(_bytes("bytes of a rank at its peak", plan.device_memory, plan.device_bytes))
     if host := plan.states.on(host=True):
@@ -94,3 +95,54 @@ def _time(plan: Plan) -> Table:
         table.add_row(part.name, f"{1e3 * part.seconds:,.2f}", share, BOUNDS[part.bound] + hidden)
     table.add_row("step", f"{1e3 * plan.step_s:,.2f}", "", "", style="bold")
     return table
+
+
+SHOWN = 10
+"""Layouts of a search that are printed; ``plan.json`` has all."""
+
+
+def show_search(outcomes: Sequence[Outcome], console: Console | None = None) -> None:
+    """Print the fastest layouts that fit, and the reasons of those that do not."""
+    console = console or Console(width=110, highlight=False)
+    fitting = [outcome for outcome in outcomes if not outcome.why]
+    table = Table("layout that fits", "tokens/s", "MFU", "a device", "bound by")
+    for outcome in fitting[:SHOWN]:
+        plan = outcome.plan
+        assert plan is not None
+        speed = f"{plan.tokens_per_s:,.0f}"
+        table.add_row(str(outcome.layout), speed, f"{plan.mfu:.1%}", gib(plan.device_bytes), BOUNDS[plan.bound])
+    console.print(f"{len(fitting)} of {len(outcomes)} layouts fit; the fastest:")
+    console.print(table)
+    failures = Table("layouts that fail", "why, as for", "")
+    for kind in reasons(outcomes).values():
+        failures.add_row(str(len(kind)), str(kind[0].layout), kind[0].why)
+    console.print(failures)
+
+
+def show_simulation(simulation: Simulation, console: Console | None = None) -> None:
+    """Print what a simulation found."""
+    console = console or Console(width=110, highlight=False)
+    subject, params = simulation.subject, simulation.params_W
+    expert, expert_data = group_members(subject.world_size, subject.ep_size)
+    console.print(f"simulated: {subject.world_size:,} ranks on {subject.cluster.nodes:,} nodes")
+    table = Table("", "")
+    table.add_row("parameters that a rank updates", f"{params.min():,} to {params.max():,}, {params.sum():,} in all")
+    table.add_row("expert groups", _members(expert))
+    table.add_row("expert-data groups", _members(expert_data))
+    if simulation.layers_drawn:
+        table.add_row("sparse layers drawn", f"{simulation.layers_drawn}")
+        table.add_row("load of the fullest expert", f"{simulation.expert_load.mean():.2f} times the mean")
+        table.add_row("rows of the fullest rank", f"{simulation.rank_load.mean():.3f} times the mean")
+        table.add_row("all-to-alls of tokens", f"{simulation.all_to_all_s:.3f} s a step")
+    table.add_row("slowest rank", f"{simulation.slowdowns_W.max():.3f} times the fastest's time")
+    table.add_row("step, even load", f"{simulation.even_s:.3f} s")
+    table.add_row("step, drawn load", f"{simulation.uneven_s:.3f} s")
+    table.add_row("step, drawn load and slow ranks", f"{simulation.straggling_s:.3f} s")
+    console.print(table)
+
+
+def _members(groups: object) -> str:
+    listed = [list(map(int, row)) for row in groups]  # type: ignore[attr-defined]
+    first = listed[0]
+    shown = ", ".join(map(str, first[:4])) + (", ..." if len(first) > 4 else "")
+    return f"{len(listed):,} of {len(first):,} ranks; the first: {shown}"

@@ -1,6 +1,6 @@
 """The time of a step: each part by what bounds it, and communication as far as nothing hides it.
 
-A part takes the longer of its FLOPs at an achievable rate and its bytes at an achievable bandwidth. Without a calibration
+A part takes the longer of its FLOPs at an achievable rate and its bytes at an achievable bandwidth. Without calibration
 those rates are shares of the data sheet's, which are assumptions and are printed as such. A calibration, made by
 ``moe-scale bench --calibrate`` on the machine in question, replaces them by measured ones.
 
@@ -45,8 +45,8 @@ class Rates:
         memory: share of the memory's bandwidth.
         link: share of a link's bandwidth.
         hidden: share of the compute time behind which communication hides where it overlaps.
-        measured: by block (attention, sparse, dense, head) FLOP/s of whole blocks, norms and all; ``update``: seconds an
-            element of the optimizer's step with all that ZeRO does to a gradient; and between ranks
+        measured: by block (attention, sparse, dense, head) FLOP/s of whole blocks, norms and all; ``update``: seconds
+            an element of the optimizer's step with all that ZeRO does to a gradient; and between ranks
             ``link_bandwidth`` and ``link_latency``, where several were measured. Empty without a calibration.
         source: where the rates come from.
     """
@@ -104,7 +104,7 @@ def step_parts(subject: Subject, shapes: Shapes, flows: list[Flow], rates: Rates
 
 
 def flops(subject: Subject, s: Shapes) -> dict[str, float]:
-    """FLOPs of a micro-batch of one rank, forward and backward pass, by part; with the recomputation if there is one."""
+    """FLOPs of a micro-batch of one rank, forward and backward pass, by part; recomputation included."""
     model, moe, tokens = s.model, s.moe, s.tokens
     passes = 4 if model.activation_checkpointing else 3
     sparse = sum(is_sparse(moe, layer) for layer in range(model.num_layers))

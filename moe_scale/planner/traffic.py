@@ -1,7 +1,8 @@
 """Bytes that a rank hands to collectives in one step, by collective, group and purpose, and what crosses which link.
 
 The payload is the larger of a call's two buffers: what an all-gather gives, what a reduce-scatter takes, the tensor of
-an all-reduce, the rows that an all-to-all takes. Single numbers that ranks agree on (gradient norms, flags) are left out.
+an all-reduce, the rows that an all-to-all takes. Single numbers that
+ranks agree on (gradient norms, flags) are left out.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 
 from moe_scale.models.decoder import is_sparse
 from moe_scale.moe.layer import rows_per_expert
-from moe_scale.planner.gathering import Gathering, follow, is_persistent
+from moe_scale.planner.gathering import Gathering, follow, is_persistent, setting
 from moe_scale.planner.memory import communication_bytes, flat_numel, groups, uses_bf16_optimizer
 from moe_scale.planner.model import Parameter, Subject
 
@@ -25,7 +26,7 @@ class Flow:
         group: world, expert or expert-data.
         purpose: what is moved.
         payload: bytes.
-        calls: how often it is called, at least; buckets can make it more.
+        calls: how often it is called, about: of two groups that take turns both get all calls.
     """
 
     collective: str
@@ -55,27 +56,53 @@ def _group_of(parameter: Parameter) -> str:
 def _stage_3(subject: Subject, gathering: Gathering) -> list[Flow]:
     micro, size = subject.plan.grad_accum, subject.bytes_per_value
     persistent = [p for p in subject.parameters if is_persistent(subject, p)]
-    flows = _by_group(subject, "all_gather", "parameters, forward", gathering.forward, micro * size, micro)
-    flows += _by_group(subject, "all_gather", "parameters, backward", gathering.backward, micro * size, micro)
-    flows += _by_group(subject, "all_gather", "small parameters, after the update", persistent, size, 1)
+    flows = _by_group(
+        subject,
+        "all_gather",
+        "parameters, forward",
+        gathering.forward,
+        micro * size,
+        calls=micro * gathering.forward_calls,
+    )
+    flows += _by_group(
+        subject,
+        "all_gather",
+        "parameters, backward",
+        gathering.backward,
+        micro * size,
+        calls=micro * gathering.backward_calls,
+    )
+    flows += _by_group(
+        subject, "all_gather", "small parameters, after the update", persistent, size, calls=len(persistent)
+    )
     reduced = micro * communication_bytes(subject)
-    return flows + _by_group(subject, "reduce_scatter", "gradients", subject.parameters, reduced, micro)
+    return flows + _by_group(
+        subject, "reduce_scatter", "gradients", subject.parameters, reduced, calls=micro * _buckets(subject)
+    )
 
 
 def _by_group(
-    subject: Subject, collective: str, purpose: str, parameters: Iterable[Parameter], size: int, times: int
+    subject: Subject, collective: str, purpose: str, parameters: Iterable[Parameter], size: int, *, calls: int
 ) -> list[Flow]:
     sums: dict[str, int] = {}
-    calls: dict[str, int] = {}
     for p in parameters:
         group = _group_of(p)
         sums[group] = sums.get(group, 0) + subject.shard(p) * subject.shard_ranks(p) * size
-        calls[group] = calls.get(group, 0) + times
     return [
-        Flow(collective, group, purpose, payload, calls[group])
+        Flow(collective, group, purpose, payload, calls)
         for group, payload in sums.items()
         if group_size(subject, group) > 1
     ]
+
+
+def _buckets(subject: Subject) -> int:
+    """How often stage 3 empties its bucket of gradients: when it is full, and between parameters of two groups."""
+    limit, filled, group, count = setting(subject, "reduce_bucket_size"), 0, "", 0
+    for p in reversed(subject.parameters):
+        if filled and (filled + p.numel > limit or _group_of(p) != group):
+            count, filled = count + 1, 0
+        filled, group = filled + p.numel, _group_of(p)
+    return count + 1
 
 
 def _stages_0_to_2(subject: Subject) -> list[Flow]:

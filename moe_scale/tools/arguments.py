@@ -18,13 +18,25 @@ def not_negative(text: str) -> int:
 
 def positive_number(text: str) -> float:
     """A number above 0, as 2.5 or 1e12."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
+    value = _number(text)
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text}: choose a number above 0")
     return value
+
+
+def not_negative_number(text: str) -> float:
+    """A number from 0, as 0.02."""
+    value = _number(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: choose a number from 0")
+    return value
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def _at_least(least: int, text: str) -> int:

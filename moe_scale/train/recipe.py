@@ -138,8 +138,8 @@ def read_run(
     """The settings of a run on ``launch`` ranks of ``device``, which need not be those of this machine.
 
     Returns:
-        the settings, with ``moe.ep_size 0`` resolved; the DeepSpeed configuration; and all that is wrong with them. What
-        is wrong with the data or the folder of the run is not looked at.
+        the settings, with ``moe.ep_size 0`` resolved; the DeepSpeed configuration; and all that is wrong with them.
+        What is wrong with the data or the folder of the run is not looked at.
 
     Raises:
         SystemExit: for ``--help`` and ``--print_config``.
