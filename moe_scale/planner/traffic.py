@@ -144,20 +144,19 @@ def expected_rows(subject: Subject) -> float:
     return float(rows if most is None else min(rows, most * moe.num_experts))
 
 
-def all_to_all_payload(
-    subject: Subject, counts_RE: Sequence[Sequence[float]], rank: int, *, checkpointed: bool = False
-) -> int:
+def all_to_all_payload(subject: Subject, counts_RE: Sequence[Sequence[float]], rank: int) -> int:
     """Bytes that ``rank`` hands to the all-to-alls of one sparse layer and micro-batch, from its expert group's counts.
 
     Args:
-        counts_RE: rows that each rank of the expert group, in the group's order, has for each of the E experts.
+        counts_RE: rows that each rank of the expert group, in the group's order, has for each of the E experts, dropped
+            ones left out.
         rank: place in the group.
     """
     local = subject.config.moe.num_experts // subject.ep_size
     mine = slice(rank * local, (rank + 1) * local)
     sent = int(sum(counts_RE[rank]))
     received = int(sum(sum(row[mine]) for row in counts_RE))
-    forwards = 2 if checkpointed else 1
+    forwards = 2 if subject.config.model.activation_checkpointing else 1
     width = subject.config.model.d_model * subject.bytes_per_value
     # Forward: the rows, and the outputs of those that came. Backward: the same two trips the other way round.
     return forwards * 8 * subject.config.moe.num_experts + (forwards + 1) * (sent + received) * width

@@ -1,7 +1,7 @@
 """``moe-scale bench --calibrate``: the rates that ``moe-scale plan --calibration`` reads, measured on this machine.
 
-Each block of a recipe's model runs forward and backward at the shape of the recipe's micro-batch. The optimizer's
-step, with all that ZeRO does to a gradient, runs on as many elements as the recipe has, at most :data:`MOST_ELEMENTS`. Under a
+Each block of a recipe's model runs forward and backward at the shape of the recipe's micro-batch. The optimizer's step
+and all that ZeRO does to a gradient run on as many elements as the recipe has, up to :data:`MOST_ELEMENTS`. Under a
 launcher with several ranks the blocks run on all of them at once, as in training, and an all-gather is timed too.
 """
 
