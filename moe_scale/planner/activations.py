@@ -202,6 +202,8 @@ def activations(s: Shapes) -> Activations:
     if model.activation_checkpointing:
         saved: Terms = {"residual stream at each layer": model.num_layers * stream} | shared
         recomputed = sum(by_layer[largest].values())
+        if s.kernels != "cpu" or size == 4:
+            recomputed -= stream  # the first norm keeps its input as it came: the one that is kept already
     else:
         saved = dict(shared)
         for terms in by_layer:
@@ -220,9 +222,12 @@ def activations(s: Shapes) -> Activations:
     waiting = float(embedding * size)
     working = layer_working(s, largest)
     kept = sum(saved.values())
+    # A norm without a kernel of its own: gradients of the normed values, of the input by two ways, and of the weight.
+    of_norm = 4 * tokens * width * 4 if s.kernels == "cpu" else 2 * stream
     moments = {
         "the loss, forward": kept + loss_forward,
         "the loss, backward": kept + loss_backward,
+        "the backward pass of the last norm": kept + waiting + _norm(s, width, output=False) + of_norm,
         "the backward pass of a layer": kept + waiting + recomputed + 2 * stream + working,
     }
     at = max(moments, key=lambda name: moments[name])
@@ -239,5 +244,6 @@ def layer_working(s: Shapes, layer: int) -> float:
         if s.ep_size > 1:
             rows += s.rows * width * (size + 4)
         return weights + rows
+    # The last map's gradients; or those of both factors of the product, when what that map kept is gone.
     hidden = dense_hidden(moe)
-    return (2 * width * hidden + 2 * s.tokens * hidden) * size
+    return max((width + s.tokens) * hidden, 2 * s.tokens * hidden) * size
