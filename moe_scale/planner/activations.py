@@ -56,7 +56,7 @@ class Activations:
     """Activation memory of one micro-batch.
 
     Attributes:
-        saved: what is kept from forward to backward pass, by part, over all layers.
+        saved: what is kept when the forward pass is over, by part, over all layers.
         head: the loss: a chunk of logits, and the gradients that its forward pass computes.
         working: most that one layer's backward pass, or its recomputation, needs beside.
         weight_gradient: gradient of the embedding, which waits for its second use, and of the layer at hand.
@@ -210,6 +210,7 @@ def activations(s: Shapes) -> Activations:
             for name, count in terms.items():
                 saved[name] = saved.get(name, 0.0) + count
         recomputed = 0.0
+    layers = sum(saved.values())
     final = _norm(s, width)
     embedding = model.vocab_size * width
     chunk = min(model.loss_chunk_tokens, tokens) * model.vocab_size
@@ -221,14 +222,15 @@ def activations(s: Shapes) -> Activations:
     loss_backward = final + stream + (4 + 4) * embedding + rounded + tokens * width * 4
     waiting = float(embedding * size)
     working = layer_working(s, largest)
-    kept = sum(saved.values())
+    saved["final norm"] = _norm(s, width, output=False)
+    saved["the loss's gradients"] = stream + 4 * embedding
     # A norm without a kernel of its own: gradients of the normed values, of the input by two ways, and of the weight.
     of_norm = 4 * tokens * width * 4 if s.kernels == "cpu" else 2 * stream
     moments = {
-        "the loss, forward": kept + loss_forward,
-        "the loss, backward": kept + loss_backward,
-        "the backward pass of the last norm": kept + waiting + _norm(s, width, output=False) + of_norm,
-        "the backward pass of a layer": kept + waiting + recomputed + 2 * stream + working,
+        "the loss, forward": layers + loss_forward,
+        "the loss, backward": layers + loss_backward,
+        "the backward pass of the last norm": layers + waiting + saved["final norm"] + of_norm,
+        "the backward pass of a layer": layers + waiting + recomputed + 2 * stream + working,
     }
     at = max(moments, key=lambda name: moments[name])
     return Activations(saved, max(loss_forward, loss_backward), recomputed + working, waiting, moments[at], at)

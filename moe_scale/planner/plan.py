@@ -64,7 +64,7 @@ class Plan:
         else:
             kept = sum(self.activations.saved.values())
             found["activations kept"] = kept
-            found["activations passing"] = self.activations.peak - kept
+            found["activations passing"] = max(self.activations.peak - kept, 0.0)
             found["gathered parameters"] = gathered
             found["gradient buffers"] = self.states.passing_bucket
         found["all-to-all buffers"] = self.all_to_all_buffers

@@ -93,14 +93,16 @@ def reasons(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
 
 def overrides(layout: Layout, subject: Subject) -> tuple[str, ...]:
     """The changes of the DeepSpeed JSON that make a layout."""
-    device = '{"device": "cpu"}' if layout.offload else "null"
     sequences = subject.plan.micro_batch * subject.plan.grad_accum
     changes = [
         f"zero_optimization.stage={layout.stage}",
         f"train_micro_batch_size_per_gpu={layout.micro_batch}",
         f"gradient_accumulation_steps={sequences // layout.micro_batch}",
-        f"zero_optimization.offload_optimizer={device}",
     ]
+    if layout.offload:
+        changes.append('zero_optimization.offload_optimizer={"device": "cpu"}')
+    elif subject.offloads("optimizer"):
+        changes.append("zero_optimization.offload_optimizer=null")
     return tuple(changes)
 
 

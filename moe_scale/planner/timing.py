@@ -33,7 +33,7 @@ ASSUMED = {
 """Shares of the peak that matrix products are taken to reach: assumptions, not measurements."""
 ASSUMED_MEMORY, ASSUMED_LINK, ASSUMED_HIDDEN = 0.80, 0.75, 0.80
 """Shares of the memory's and the links' bandwidth that are reached, and of compute time that hides communication."""
-CALIBRATED = ("attention", "sparse", "dense", "head", "update", "link_bandwidth", "link_latency")
+CALIBRATED = ("attention", "sparse", "dense", "head", "micro", "update", "link_bandwidth", "link_latency")
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,10 @@ class Rates:
         memory: share of the memory's bandwidth.
         link: share of a link's bandwidth.
         hidden: share of the compute time behind which communication hides where it overlaps.
-        measured: by block (attention, sparse, dense, head) FLOP/s of whole blocks, norms and all; ``update``: seconds
-            an element of the optimizer's step with all that ZeRO does to a gradient; and between ranks
-            ``link_bandwidth`` and ``link_latency``, where several were measured. Empty without a calibration.
+        measured: by block (attention, sparse, dense, head) FLOP/s of whole blocks, norms and all; ``micro`` and
+            ``update``: seconds an element of what ZeRO does for a micro-batch and for a step, the optimizer included;
+            and where several ranks were measured, ``link_bandwidth`` and ``link_latency``, and then ``micro`` and
+            ``update`` have ZeRO's communication in them. Empty without a calibration.
         source: where the rates come from.
     """
 
@@ -88,7 +89,7 @@ def read_rates(path: str) -> Rates:
         why = getattr(error, "strerror", None) or f"it is no calibration ({type(error).__name__})"
         problem = Problem("--calibration", f"{path}: {why}", "moe-scale bench --calibrate makes one")
         raise ConfigError(problem) from None
-    missing = [name for name in ("attention", "head", "update") if not rates.get(name, 0) > 0]
+    missing = [name for name in ("attention", "head", "micro", "update") if not rates.get(name, 0) > 0]
     if missing or any(not value > 0 for value in rates.values()):
         what = f"{path} lacks a positive {', '.join(missing) or 'rate'}"
         raise ConfigError(Problem("--calibration", what, "moe-scale bench --calibrate makes one"))
@@ -181,14 +182,18 @@ def _measured_blocks(subject: Subject, s: Shapes, rates: Rates) -> list[Part]:
     ]
 
 
+def stepped_elements(subject: Subject) -> int:
+    """Elements that one rank's optimizer steps."""
+    return sum(subject.shard(p) if subject.plan.stage else p.numel for p in subject.parameters)
+
+
 def _update(subject: Subject, rates: Rates) -> list[Part]:
     """Reducing, checking, clipping and applying the gradients that this rank steps."""
-    stage = subject.plan.stage
-    elements = sum(subject.shard(p) if stage else p.numel for p in subject.parameters)
+    elements = stepped_elements(subject)
     if rates.measured:
-        # Every micro-batch's gradients pass through the buffers, whole; the update steps this rank's part.
-        seconds = elements * rates.measured["update"]
-        return [Part("optimizer", seconds, "measured", seconds)]
+        micro = sum(p.numel for p in subject.parameters) * rates.measured["micro"] * subject.plan.grad_accum
+        update = elements * rates.measured["update"]
+        return [Part("gradients", micro, "measured", micro), Part("optimizer", update, "measured", update)]
     moved = 4 * (1 + 2 + 7) + subject.bytes_per_value  # norm; clip; step: four read, three written; the weights
     if subject.offloads("optimizer"):
         cluster = subject.cluster
@@ -217,6 +222,8 @@ def flow_seconds(subject: Subject, flow: Flow, rates: Rates) -> tuple[float, str
 def _communication(subject: Subject, flows: list[Flow], behind: float, rates: Rates) -> list[Part]:
     overlaps = bool(subject.zero.get("overlap_comm", subject.plan.stage == 3)) and not subject.cluster.is_cpu
     parts = []
+    if "link_bandwidth" in rates.measured:  # ZeRO's own communication was measured with its work
+        flows = [flow for flow in flows if flow.collective == "all_to_all"]
     for flow in flows:
         busy, link = flow_seconds(subject, flow, rates)
         can_hide = overlaps and flow.collective != "all_to_all" and "after the update" not in flow.purpose

@@ -1,8 +1,8 @@
 """``moe-scale bench --calibrate``: the rates that ``moe-scale plan --calibration`` reads, measured on this machine.
 
-Each block of a recipe's model runs forward and backward at the shape of the recipe's micro-batch. The optimizer's step
-and all that ZeRO does to a gradient run on as many elements as the recipe has, up to :data:`MOST_ELEMENTS`. Under a
-launcher with several ranks the blocks run on all of them at once, as in training, and an all-gather is timed too.
+Each block of a recipe's model runs forward and backward at the shape of the recipe's micro-batch. What ZeRO and the
+optimizer do is timed apart, in a real engine over parameters of the same shapes that compute nothing. Under a launcher
+with several ranks all of them run at once, as in training; what ZeRO sends is then part of its time.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from moe_scale.config import MoEConfig
 from moe_scale.errors import Problem, raise_if
 from moe_scale.initialization import Init
 from moe_scale.models.attention import Attention, rope_tables
@@ -35,13 +36,12 @@ from moe_scale.parallel.groups import ParallelGroups
 from moe_scale.planner.cluster import Cluster
 from moe_scale.planner.model import Subject, read_subject
 from moe_scale.planner.plan import Wishes, shapes_for
-from moe_scale.planner.timing import flops
+from moe_scale.planner.timing import flops, stepped_elements
 from moe_scale.telemetry.provenance import package_versions, source_state
 from moe_scale.tools.compare import load_recipe
-from moe_scale.train.optim import build_optimizer
+from moe_scale.train.engine import build_engine
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-MOST_ELEMENTS = 50_000_000
 SIZES = (1 << 12, 1 << 22)
 """Elements of the all-gathers whose difference gives bandwidth, and the rest latency."""
 
@@ -62,10 +62,10 @@ def calibrate(arguments: argparse.Namespace, recipe_argv: list[str]) -> dict[str
         torch.set_num_threads(arguments.threads)
     if device.is_cpu:
         devices.keep_freed_memory()
-    if launch.world_size > 1:
-        launches.export(launch)
-        zero.init_distributed()
-    rates = measure_rates(subject, rounds=arguments.rounds, warmup=arguments.warmup)
+    launches.export(launch)
+    zero.init_distributed()
+    calibration = Calibration(subject, zero.make_groups(subject.ep_size))
+    rates = calibration.measure(rounds=arguments.rounds, warmup=arguments.warmup)
     record = {
         "rates": rates,
         "device": device.name,
@@ -84,15 +84,15 @@ def calibrate(arguments: argparse.Namespace, recipe_argv: list[str]) -> dict[str
         folder.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(record, indent=1) + "\n")
         print(f"wrote {path}")
-    if launch.world_size > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+    dist.barrier()
+    calibration.close()
+    dist.destroy_process_group()
     return record
 
 
 UNITS: dict[str, Callable[[float], str]] = {
     **dict.fromkeys(("attention", "sparse", "dense", "head"), lambda rate: f"{rate / 1e9:,.1f} GFLOP/s"),
-    "update": lambda rate: f"{rate * 1e9:,.2f} ns an element",
+    **dict.fromkeys(("micro", "update"), lambda rate: f"{rate * 1e9:,.2f} ns an element"),
     "link_bandwidth": lambda rate: f"{rate / 1e9:,.3f} GB/s",
     "link_latency": lambda rate: f"{rate * 1e6:,.1f} microseconds",
 }
@@ -110,50 +110,63 @@ def this_machine(recipe: Path, argv: list[str]) -> Subject:
     return read_subject(load_recipe(recipe), argv, cluster)
 
 
-def measure_rates(subject: Subject, *, rounds: int, warmup: int) -> dict[str, float]:
-    """FLOP/s of whole blocks, seconds an element of the update, and among ranks bandwidth and latency."""
-    moe, model = subject.config.moe, subject.config.model
-    plain = dataclasses.replace(model, activation_checkpointing=False)
-    config = dataclasses.replace(subject.config, model=plain)
-    subject = dataclasses.replace(subject, config=config)
-    counts = flops(subject, shapes_for(subject, Wishes()))
-    layers = model.num_layers
-    blocks = {
-        "attention": (
-            _AttentionBlock(subject),
-            (counts["attention projections"] + counts["attention scores"]) / layers,
-        ),
-        "head": (_LossBlock(subject), counts["head"]),
-    }
-    dense = counts.get("dense ffn", 0.0) / layers
-    if moe.enabled:
-        raise_if(_mixed_layers(moe.every))
-        work = counts["experts"] + counts.get("router", 0.0)
-        blocks["sparse"] = _FeedForwardBlock(subject), work / layers + dense
-    else:
-        blocks["dense"] = _FeedForwardBlock(subject), dense
-    device = devices.current()
-    samples: dict[str, list[float]] = {name: [] for name in (*blocks, "update")}
-    modules = {name: block.to(device, DTYPES[subject.plan.precision]) for name, (block, _) in blocks.items()}
-    update = _Update(subject, device)
-    runs: dict[str, Callable[[], None]] = {name: functools.partial(_pass, module) for name, module in modules.items()}
-    runs["update"] = update
-    for number in range(warmup + rounds):
-        for name, run in runs.items():
-            seconds = _seconds(run)
+class Calibration:
+    """The blocks of a recipe's model, and a stand-in for all of its parameters, ready to be timed in turn."""
+
+    def __init__(self, subject: Subject, groups: ParallelGroups):
+        moe, model = subject.config.moe, subject.config.model
+        plain = dataclasses.replace(model, activation_checkpointing=False)
+        self.subject = dataclasses.replace(subject, config=dataclasses.replace(subject.config, model=plain))
+        raise_if(_mixed_layers(moe))
+        counts, layers = flops(self.subject, shapes_for(self.subject, Wishes())), model.num_layers
+        dense = counts.get("dense ffn", 0.0) / layers
+        scores = counts["attention projections"] + counts["attention scores"]
+        blocks: dict[str, nn.Module] = {"attention": _AttentionBlock(self.subject), "head": _LossBlock(self.subject)}
+        self.work = {"attention": scores / layers, "head": counts["head"]}
+        name = "sparse" if moe.enabled else "dense"
+        blocks[name] = _FeedForwardBlock(self.subject)
+        self.work[name] = (counts.get("experts", 0.0) + counts.get("router", 0.0)) / layers + dense
+        dtype = DTYPES[subject.plan.precision]
+        self.blocks = {name: block.to(devices.current(), dtype) for name, block in blocks.items()}
+        engine_device = devices.detect()
+        self.engine = build_engine(lambda: _StandIn(subject, groups), subject.config, subject.plan, engine_device)
+
+    def measure(self, *, rounds: int, warmup: int) -> dict[str, float]:
+        """FLOP/s of whole blocks; seconds an element of ZeRO's work for a micro-batch and for the update.
+
+        Among several ranks also the bandwidth and latency of an all-gather.
+        """
+        samples: dict[str, list[float]] = {name: [] for name in (*self.blocks, "micro", "update")}
+        for number in range(warmup + rounds):
+            found = {name: _seconds(functools.partial(_pass, block)) for name, block in self.blocks.items()}
+            found["micro"], found["update"] = self._zero_s()
             if number >= warmup:
-                samples[name].append(seconds)
-    rates = {name: count / statistics.median(samples[name]) for name, (_, count) in blocks.items()}
-    rates["update"] = statistics.median(samples["update"]) / update.elements
-    if subject.world_size > 1:
-        rates |= _link(rounds)
-    return rates
+                for name, seconds in found.items():
+                    samples[name].append(seconds)
+        medians = {name: statistics.median(each) for name, each in samples.items()}
+        rates = {name: count / medians[name] for name, count in self.work.items()}
+        rates["micro"] = medians["micro"] / sum(p.numel for p in self.subject.parameters)
+        rates["update"] = medians["update"] / stepped_elements(self.subject)
+        return rates | (_link(rounds) if self.subject.world_size > 1 else {})
+
+    def _zero_s(self) -> tuple[float, float]:
+        """Seconds of the stand-in's micro-batch, in the mean of a step's, and of its update."""
+        micro = update = 0.0
+        x = torch.ones((), device=devices.current(), dtype=DTYPES[self.subject.plan.precision], requires_grad=True)
+        for _ in range(self.subject.plan.grad_accum):
+            micro += _seconds(lambda: self.engine.backward(self.engine(x)))
+            update = _seconds(self.engine.step)
+        return micro / self.subject.plan.grad_accum, update
+
+    def close(self) -> None:
+        """Let go of the stand-in's engine."""
+        self.engine.destroy()
 
 
-def _mixed_layers(every: int) -> list[Problem]:
-    if every == 1:
+def _mixed_layers(moe: MoEConfig) -> list[Problem]:
+    if moe.every == 1 or not moe.enabled:
         return []
-    return [Problem("moe.every", f"{every}", "calibrate with moe.every 1, or with moe.enabled false")]
+    return [Problem("moe.every", f"{moe.every}", "calibrate with moe.every 1, or with moe.enabled false")]
 
 
 class _Block(nn.Module):
@@ -217,35 +230,48 @@ class _LossBlock(_Block):
         return self.head(self.norm(x_BSD.flatten(0, 1) + embedded_TD), ids_T) / len(ids_T)
 
 
-def _pass(block: _Block) -> None:
+def _pass(block: Any) -> None:
     block.zero_grad(set_to_none=True)
     output = block(block.inputs())
     output.backward(torch.ones_like(output))
 
 
-class _Update:
-    """What ZeRO does to the gradients of a step, and the optimizer's step, on flat tensors."""
+class _StandIn(nn.Module):
+    """All parameters of a run, each in a module of its own, and no computation: what is left of a step is ZeRO's."""
 
-    def __init__(self, subject: Subject, device: torch.device):
-        sharded = sum(subject.shard(p) if subject.plan.stage else p.numel for p in subject.parameters)
-        self.elements = min(sharded, MOST_ELEMENTS)
-        dtype = DTYPES[subject.plan.precision]
-        self.gradient = torch.full((self.elements,), 1e-3, dtype=dtype, device=device)
-        self.bucket, self.held = torch.empty_like(self.gradient), torch.empty_like(self.gradient)
-        self.weights, self.gathered = torch.zeros_like(self.gradient), torch.empty_like(self.gradient)
-        self.master = nn.Parameter(torch.zeros(self.elements, device=device))
-        holder = nn.ParameterDict({"master": self.master})
-        self.optimizer = build_optimizer(holder, subject.config.optim, fused=device.type != "cpu")
+    def __init__(self, subject: Subject, groups: ParallelGroups):
+        super().__init__()
+        self.held = nn.ModuleList(
+            _Holder(p.shape, groups if p.expert_parallel else ParallelGroups()) for p in subject.parameters
+        )
 
-    def __call__(self) -> None:
-        self.gathered.copy_(self.weights)  # the parameters, before their use
-        self.bucket.copy_(self.gradient)
-        self.held.copy_(self.bucket.div_(1.0))
-        finite, norm = self.held.norm().isfinite(), self.held.norm()
-        self.master.grad = self.held.float() if self.held.dtype != torch.float32 else self.held.clone()
-        self.master.grad.mul_(1.0 / max(1.0, float(norm) * float(finite)))
-        self.optimizer.step()
-        self.weights.copy_(self.master.detach())
+    def forward(self, x: Tensor) -> Tensor:
+        for holder in self.held:
+            x = holder(x)
+        return x
+
+
+class _Holder(nn.Module):
+    def __init__(self, shape: tuple[int, ...], groups: ParallelGroups):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(shape))
+        zero.mark_expert_parameters([self.weight], groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _Touch.apply(x, self.weight)
+
+
+class _Touch(torch.autograd.Function):
+    """x as it is; the weight gets a gradient of zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.shape = weight.shape
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return grads[0], grads[0].new_zeros(ctx.shape)
 
 
 def _link(rounds: int) -> dict[str, float]:

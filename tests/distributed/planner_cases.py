@@ -7,6 +7,7 @@ and after its update. Written to ``CASES.<rank>.json``.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import sys
@@ -36,6 +37,31 @@ COLLECTIVES = {
     "alltoall_base_": ("all_to_all", 1),
 }
 """Operators of torch.distributed, and which of their arguments is the larger buffer: what a plan counts."""
+
+
+class Kept:
+    """Bytes that a forward pass keeps for its backward pass, parameters left out."""
+
+    def __init__(self, model: torch.nn.Module):
+        self.model = model
+        self.found: dict[int, int] = {}
+        self._alive: list[Tensor] = []
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if all(storage.data_ptr() != p.untyped_storage().data_ptr() for p in self.model.parameters()):
+            self.found[storage.data_ptr()] = storage.nbytes()
+            self._alive.append(tensor)  # lest its address is given to another
+        return tensor
+
+    def __enter__(self) -> Kept:
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, lambda tensor: tensor)
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._hooks.__exit__()
+        self._alive.clear()
 
 
 class CollectiveCounter(TorchDispatchMode):
@@ -102,13 +128,17 @@ def run_case(argv: list[str]) -> dict[str, Any]:
     batches = [next(job.task.batches()) for _ in range(STEPS * job.plan.grad_accum)]
     forget_all_so_far()
     engine = build_engine(lambda: job.task.build_model(groups), job.config, job.plan, job.device)
-    counter, counts, at_update = CollectiveCounter(), [], 0
+    counter, counts, at_update, kept = CollectiveCounter(), [], 0, Kept(engine.module)
+    looks_at_kept = not job.config.model.activation_checkpointing  # which has hooks of its own
+    masked = False
     for step in range(STEPS):
         last = step == STEPS - 1
         for micro_step in range(job.plan.grad_accum):
             batch = batches.pop()
             with counter if last else torch.enable_grad():
-                output = job.task.forward(engine, batch)
+                with kept if last and looks_at_kept and micro_step == 0 else contextlib.nullcontext():
+                    output = job.task.forward(engine, batch)
+                    masked |= last and micro_step == 0 and bool((batch.document_ids_BS != 0).any())
                 engine.backward(output.loss)
                 if last and output.moe is not None:
                     counts.append(output.moe.assignments_E.tolist())
@@ -122,6 +152,8 @@ def run_case(argv: list[str]) -> dict[str, Any]:
         "bytes": dict(counter.bytes),
         "calls": dict(counter.calls),
         "counts": counts,
+        "kept": sum(kept.found.values()),
+        "masked": masked,
         "ep_members": [] if groups.expert is None else dist.get_process_group_ranks(groups.expert),
         "edp_members": [] if groups.expert_data is None else dist.get_process_group_ranks(groups.expert_data),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from moe_scale.moe.layer import rows_per_expert
+from moe_scale.planner.activations import activations, shapes_of
 from moe_scale.planner.cluster import preset
 from moe_scale.planner.memory import model_states
 from moe_scale.planner.model import Subject, read_subject
@@ -138,7 +140,6 @@ def test_bytes_of_all_to_alls_follow_from_the_counts_of_the_ranks(measured: Meas
     for name, subject in measured.subjects.items():
         if subject.ep_size == 1:
             continue
-        most = rows_per_expert(subject.config.moe, subject.tokens, training=True) or subject.tokens
         for rank, results in enumerate(measured.ranks):
             members = results[name]["ep_members"]
             place = members.index(rank)
@@ -146,11 +147,43 @@ def test_bytes_of_all_to_alls_follow_from_the_counts_of_the_ranks(measured: Meas
             for micro_step, layers in enumerate(results[name]["counts"]):
                 for layer in range(len(layers)):
                     routed_RE = [measured.ranks[member][name]["counts"][micro_step][layer] for member in members]
-                    counts_RE = np.minimum(routed_RE, most)  # what the capacity lets through
+                    counts_RE = np.minimum(routed_RE, cap(subject))  # what the capacity lets through
                     planned += all_to_all_payload(subject, counts_RE.tolist(), place)
             assert planned == results[name]["bytes"][f"all_to_all/{subject.ep_size}"], (name, rank)
             compared += 1
     assert compared
+
+
+def test_what_a_pass_keeps_follows_from_the_counts_of_the_ranks(measured: Measured) -> None:
+    """Activations of the exchange too, to 2%: a rank keeps a row for each that it sent, and one for each that came."""
+    compared = []
+    for name, subject in measured.subjects.items():
+        for rank, results in enumerate(measured.ranks):
+            if not results[name]["kept"] or subject.config.moe.every > 1:
+                continue
+            members = results[name]["ep_members"] or [rank]
+            layers = zip(*(measured.ranks[member][name]["counts"][0] for member in members), strict=True)
+            arrived = [rows_that_arrive(subject, layer, members.index(rank)) for layer in layers]
+            shapes = shapes_of(subject, masked=results[name]["masked"], arrived=float(np.mean(arrived)))
+            sent = [float(np.minimum(layer, cap(subject)).sum()) for layer in measured.ranks[rank][name]["counts"][0]]
+            shapes = replace(shapes, rows=float(np.mean(sent)))
+            planned = sum(activations(shapes).saved.values())
+            compared.append((planned / results[name]["kept"] - 1, name, rank))
+    for difference, name, rank in sorted(compared):
+        print(f"{name}, rank {rank}: activations kept, planned {difference:+.3%}")
+    assert len(compared) > 4
+    assert max(abs(difference) for difference, *_ in compared) < 0.02
+
+
+def cap(subject: Subject) -> int:
+    """Rows of one rank that an expert takes at most."""
+    return rows_per_expert(subject.config.moe, subject.tokens, training=True) or subject.tokens
+
+
+def rows_that_arrive(subject: Subject, counts_RE: tuple[list[float], ...], rank: int) -> float:
+    """Rows of the local experts, what the capacity lets through."""
+    local = subject.config.moe.num_experts // subject.ep_size
+    return float(np.minimum(counts_RE, cap(subject))[:, rank * local : (rank + 1) * local].sum())
 
 
 def test_an_even_load_is_what_a_plan_in_advance_assumes(measured: Measured) -> None:

@@ -14,7 +14,7 @@ from moe_scale.planner.traffic import Flow, on_links, step_traffic
 from tests.unit.planner.subjects import small
 
 WISHES = Wishes(masked=False)
-RATES = {"attention": 1e11, "sparse": 2e11, "head": 4e11, "update": 1e-9}
+RATES = {"attention": 1e11, "sparse": 2e11, "head": 4e11, "micro": 2e-9, "update": 1e-9}
 
 
 def plan(*settings: str, cluster=None, wishes: Wishes = WISHES, rates: Rates | None = None, ds=()) -> Plan:
@@ -109,7 +109,9 @@ def test_measured_rates_replace_the_assumed_ones(tmp_path: Path) -> None:
     count = flops(found.subject, shapes_for(found.subject, WISHES))
     micro = found.subject.plan.grad_accum
     assert seconds["sparse"] == pytest.approx(micro * (count["experts"] + count["router"]) / 2e11)
-    assert seconds["optimizer"] == pytest.approx(sum(p.numel for p in found.subject.parameters) * 1e-9)
+    numel = sum(p.numel for p in found.subject.parameters)
+    assert seconds["gradients"] == pytest.approx(micro * numel * 2e-9)
+    assert seconds["optimizer"] == pytest.approx(numel * 1e-9)
     assert found.bound == "measured"
 
 
@@ -119,7 +121,7 @@ def test_measured_rates_replace_the_assumed_ones(tmp_path: Path) -> None:
         (None, "No such file"),
         ("{", "it is no calibration"),
         ("[1]", "it is no calibration"),
-        ('{"rates": {"attention": 1}}', "lacks a positive head, update"),
+        ('{"rates": {"attention": 1}}', "lacks a positive head, micro, update"),
         (json.dumps({"rates": RATES | {"sparse": -1}}), "lacks a positive rate"),
     ],
 )
@@ -132,6 +134,6 @@ def test_a_file_that_is_no_calibration_is_refused(tmp_path: Path, text: str | No
 
 
 def test_a_calibration_of_other_blocks_is_refused() -> None:
-    rates = Rates(measured={"attention": 1e11, "dense": 1e11, "head": 1e11, "update": 1e-9})
+    rates = Rates(measured={"attention": 1e11, "dense": 1e11, "head": 1e11, "micro": 1e-9, "update": 1e-9})
     with pytest.raises(ConfigError, match="no rate of sparse blocks"):
         plan(rates=rates)
