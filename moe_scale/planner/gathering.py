@@ -59,7 +59,7 @@ def is_persistent(subject: Subject, parameter: Parameter) -> bool:
 
 def forward_order(subject: Subject) -> list[str]:
     """Names of the decoder's modules in the order in which a forward pass enters them; the root is empty."""
-    layers = [name for layer in range(subject.config.model.num_layers) for name in _layer_order(subject, layer)]
+    layers = [name for layer in range(subject.config.model.num_layers) for name in _Layer(subject, layer).forward]
     return ["", "embedding", *layers, "final_norm", "head"]
 
 
@@ -68,49 +68,45 @@ def backward_order(subject: Subject) -> list[str]:
 
     With activation checkpointing each layer is run forward again on the way.
     """
-    model, moe = subject.config.model, subject.config.moe
     order = ["", "head", "final_norm"]
-    for layer in reversed(range(model.num_layers)):
-        forward = _layer_order(subject, layer)
-        containers = {forward[0]: 1, f"layers.{layer}.attention": 1}
-        if is_sparse(moe, layer):
-            # Beside the hidden states the z-loss, and the balancing loss of routers that need one.
-            losses = {"hash": 0, "expert_choice": 1}.get(moe.router, 2)
-            containers |= {forward[0]: 1 + losses, f"layers.{layer}.moe": 1 + losses}
-        else:
-            containers[f"layers.{layer}.ffn"] = 1
-        entered = [forward[0]] * containers[forward[0]]
-        children: list[str] = []
-        for name in reversed(forward[1:]):
-            if name in containers:
-                entered += [name] * containers[name] + children
-                children = []
-            elif name.rpartition(".")[0] in containers and name.count(".") > 2:
-                children.append(name)
-            else:
-                entered.append(name)
-        if model.activation_checkpointing:
-            at = entered.index(next(n for n in entered if n not in containers))
-            entered[at:at] = forward
-        order += entered
+    for number in reversed(range(subject.config.model.num_layers)):
+        layer = _Layer(subject, number)
+        order += [layer.name] * layer.outputs + [layer.block] * layer.outputs
+        if subject.config.model.activation_checkpointing:
+            order += layer.forward
+        order += [*reversed(layer.in_block), layer.ffn_norm, layer.attention]
+        order += [*reversed(layer.in_attention), layer.attention_norm]
     return [*order, "embedding"]
 
 
-def _layer_order(subject: Subject, layer: int) -> list[str]:
-    model, moe = subject.config.model, subject.config.moe
-    attention = ["qkv", "q_norm", "k_norm", *(["gate"] if model.attention_gate != "none" else []), "out"]
-    if is_sparse(moe, layer):
-        block = "moe"
-        inside = [] if moe.router == "hash" else ["router"]
-        inside += ["noise"] if moe.router == "noisy" else []
-        dense = ["dense"] if moe.residual or moe.shared_intermediate_size else []
-        inside += [*dense, "experts"] if subject.ep_size > 1 else ["experts", *dense]
-        inside += ["mix"] if moe.residual else []
-    else:
-        block, inside = "ffn", ["gate_up", "down"]
-    names = ["", ".attention_norm", ".attention", *(f".attention.{name}" for name in attention)]
-    names += [".ffn_norm", f".{block}", *(f".{block}.{name}" for name in inside)]
-    return [f"layers.{layer}{name}" for name in names]
+class _Layer:
+    """Names of one layer's modules."""
+
+    def __init__(self, subject: Subject, number: int):
+        model, moe = subject.config.model, subject.config.moe
+        self.name = f"layers.{number}"
+        self.attention_norm, self.ffn_norm = f"{self.name}.attention_norm", f"{self.name}.ffn_norm"
+        self.attention = f"{self.name}.attention"
+        gate = ["gate"] if model.attention_gate != "none" else []
+        self.in_attention = [f"{self.attention}.{name}" for name in ("qkv", "q_norm", "k_norm", *gate, "out")]
+        self.block, inside = f"{self.name}.ffn", ["gate_up", "down"]
+        self.outputs = 1
+        if is_sparse(moe, number):
+            self.block = f"{self.name}.moe"
+            # Beside the hidden states the z-loss, and the balancing loss of routers that need one.
+            self.outputs += {"hash": 0, "expert_choice": 1}.get(moe.router, 2)
+            inside = [] if moe.router == "hash" else ["router"]
+            inside += ["noise"] if moe.router == "noisy" else []
+            dense = ["dense"] if moe.residual or moe.shared_intermediate_size else []
+            inside += [*dense, "experts"] if subject.ep_size > 1 else ["experts", *dense]  # dense: during the exchange
+            inside += ["mix"] if moe.residual else []
+        self.in_block = [f"{self.block}.{name}" for name in inside]
+
+    @property
+    def forward(self) -> list[str]:
+        """In the order of a forward pass."""
+        attention = [self.attention_norm, self.attention, *self.in_attention]
+        return [self.name, *attention, self.ffn_norm, self.block, *self.in_block]
 
 
 def follow(subject: Subject) -> Gathering:

@@ -22,6 +22,17 @@ BOUNDS = {
 }
 
 
+NAMES = {
+    "whole": "small parameters, whole",
+    "master": "fp32 weights",
+    "gradients_at_update": "gradients",
+    "host_gradients": "fp32 gradients and staging",
+    "bucket": "bucket of gradients",
+    "update": "temporaries of the update",
+}
+"""What a plan's short names stand for in a table."""
+
+
 def show(plan: Plan, console: Console | None = None) -> None:
     """Print a plan."""
     console = console or Console(width=110, highlight=False)
@@ -73,7 +84,7 @@ def _parameters(parameters: Mapping[str, object]) -> Table:
 def _bytes(title: str, sizes: Mapping[str, float], total: float) -> Table:
     table = Table(title, "", "share")
     for name, size in sizes.items():
-        table.add_row(name.replace("_", " "), gib(size), f"{size / total:.1%}" if total else "")
+        table.add_row(NAMES.get(name, name), gib(size), f"{size / total:.1%}" if total else "")
     table.add_row("total", gib(total), "", style="bold")
     return table
 

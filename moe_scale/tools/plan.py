@@ -130,16 +130,18 @@ def _simulate(plan: Plan, arguments: argparse.Namespace) -> Simulation:
 
 
 def command(plan: Plan, layout: Layout, arguments: argparse.Namespace, recipe_argv: list[str]) -> str:
-    """The command that trains a layout which a search found."""
+    """The command that trains a layout which a search found; a hostfile of that name may have to be written first."""
     cluster = plan.subject.cluster
     if cluster.nodes > 1:
         start = ["deepspeed", "--hostfile", f"hostfiles/{cluster.nodes}x{cluster.devices_per_node}"]
     else:
         start = ["deepspeed", "--num_accelerators" if cluster.is_cpu else "--num_gpus", str(cluster.devices_per_node)]
-    kept = without(recipe_argv, {"--deepspeed_config", "--deepspeed_override", "--scale", "--output_dir"})
-    scale = ["--scale", plan.subject.config.scale]
-    ds_json = Path(arguments.output_dir or ".") / "deepspeed.json"
-    words = [*start, arguments.recipe, *scale, *kept, "--deepspeed_config", str(ds_json), *flags(layout)]
+    kept = without(recipe_argv, {"--deepspeed_override", "--scale", "--output_dir"})
+    sharding = ["--deepspeed_override", *plan.subject.config.deepspeed_override]
+    if arguments.output_dir:  # where all of it is in one file
+        kept = without(kept, {"--deepspeed_config"})
+        sharding = ["--deepspeed_config", str(Path(arguments.output_dir) / "deepspeed.json")]
+    words = [*start, arguments.recipe, "--scale", plan.subject.config.scale, *kept, *flags(layout), *sharding]
     return shlex.join(words)
 
 

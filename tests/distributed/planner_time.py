@@ -67,5 +67,6 @@ if __name__ == "__main__":
     quiet()
     listed = Path(sys.argv[1])
     results = {name: run_case(argv) for name, argv in json.loads(listed.read_text()).items()}
-    listed.with_suffix(".times.json").write_text(json.dumps(results))
+    if dist.get_rank() == 0:
+        listed.with_suffix(".times.json").write_text(json.dumps(results))
     dist.destroy_process_group()

@@ -20,16 +20,30 @@ LONG = {
 }
 
 
-@pytest.mark.parametrize("cases", [CASES, pytest.param(LONG, marks=pytest.mark.long, id="long")])
+TWO_RANKS = {
+    "lm_16l, 2 ranks": SMALLER,
+    "lm_16l, 2 ranks, ep 2": (*SMALLER, "--moe.ep_size", "2"),
+}
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "cases"),
+    [
+        (1, CASES),
+        pytest.param(1, LONG, marks=pytest.mark.long),
+        pytest.param(2, TWO_RANKS, marks=pytest.mark.long),
+    ],
+    ids=["short", "long", "2 ranks"],
+)
 @pytest.mark.slow
-def test_a_calibrated_plan_foretells_a_step(cases: dict[str, tuple[str, ...]], tmp_path: Path) -> None:
+def test_a_calibrated_plan_foretells_a_step(num_ranks: int, cases: dict[str, tuple[str, ...]], tmp_path: Path) -> None:
     listed = {
         name: ["--output_dir", str(tmp_path / f"run_{number}"), *_overrides_last(argv)]
         for number, (name, argv) in enumerate(cases.items())
     }
     path = tmp_path / "cases.json"
     path.write_text(json.dumps(listed))
-    run_ranks(1, [str(REPO / "tests" / "distributed" / "planner_time.py"), str(path)], timeout=280)
+    run_ranks(num_ranks, [str(REPO / "tests" / "distributed" / "planner_time.py"), str(path)], timeout=280)
     times = json.loads(path.with_suffix(".times.json").read_text())
     wrong = {}
     for name, found in times.items():
