@@ -41,7 +41,7 @@ def step_traffic(subject: Subject, gathering: Gathering | None = None) -> list[F
     if subject.world_size == 1:
         return []
     flows = _stage_3(subject, gathering or follow(subject)) if subject.plan.stage == 3 else _stages_0_to_2(subject)
-    return [*flows, *_all_to_all(subject)]
+    return [*flows, *_loads(subject), *_all_to_all(subject)]
 
 
 def group_size(subject: Subject, group: str) -> int:
@@ -115,6 +115,19 @@ def _stages_0_to_2(subject: Subject) -> list[Flow]:
     if plan.stage > 0:
         flat = sum(flat_numel(subject, group) for group in groups(subject)) * subject.bytes_per_value
         flows.append(Flow("all_gather", "world", "parameters, after the update", flat, len(groups(subject))))
+    return flows
+
+
+def _loads(subject: Subject) -> list[Flow]:
+    """The experts' loads, where all ranks' count: for a balancing loss of global scope, and for selection biases."""
+    moe, model = subject.config.moe, subject.config.model
+    sparse = sum(is_sparse(moe, layer) for layer in range(model.num_layers))
+    flows = []
+    if sparse and moe.aux_loss_scope == "global" and moe.router not in ("hash", "expert_choice"):
+        calls = sparse * subject.plan.grad_accum * (2 if model.activation_checkpointing else 1)
+        flows.append(Flow("all_reduce", "world", "experts' loads, forward", calls * 8 * moe.num_experts, calls))
+    if sparse and moe.router == "sigmoid":
+        flows.append(Flow("all_reduce", "world", "experts' loads, after the update", 4 * sparse * moe.num_experts, 1))
     return flows
 
 

@@ -83,6 +83,16 @@ def test_nothing_is_sent_by_one_rank() -> None:
     assert step_traffic(small(cluster=preset("H100", devices_per_node=1))) == []
 
 
+def test_loads_of_all_ranks_are_added_up_where_they_count() -> None:
+    def loads(*settings: str) -> list[float]:
+        return [f.payload for f in step_traffic(small(*settings)) if "loads" in f.purpose]
+
+    assert loads() == []
+    assert loads("--moe.aux_loss_scope", "global") == [2 * 4 * 8 * 8]  # layers, micro-batches, experts, int64
+    assert loads("--moe.router", "sigmoid") == [2 * 8 * 4]
+    assert loads("--moe.aux_loss_scope", "global", "--moe.enabled", "false") == []
+
+
 def test_what_crosses_nodes_is_what_the_group_spans() -> None:
     subject = small("--moe.ep_size", "4", cluster=preset("H100", nodes=2))
     all_to_all = on_links(subject, Flow("all_to_all", "expert", "", 400.0, 1))
