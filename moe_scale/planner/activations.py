@@ -58,16 +58,12 @@ class Activations:
     Attributes:
         saved: what is kept when the forward pass is over, by part, over all layers.
         head: the loss: a chunk of logits, and the gradients that its forward pass computes.
-        working: most that one layer's backward pass, or its recomputation, needs beside.
-        weight_gradient: gradient of the embedding, which waits for its second use, and of the layer at hand.
         peak: most that is held at once.
         peak_at: when that is.
     """
 
     saved: Terms
     head: float
-    working: float
-    weight_gradient: float
     peak: float
     peak_at: str
 
@@ -233,7 +229,7 @@ def activations(s: Shapes) -> Activations:
         "the backward pass of a layer": layers + waiting + recomputed + 2 * stream + working,
     }
     at = max(moments, key=lambda name: moments[name])
-    return Activations(saved, max(loss_forward, loss_backward), recomputed + working, waiting, moments[at], at)
+    return Activations(saved, max(loss_forward, loss_backward), moments[at], at)
 
 
 def layer_working(s: Shapes, layer: int) -> float:

@@ -33,6 +33,7 @@ class Cluster:
         host_bandwidth: between one device and the host.
         intra_latency, inter_latency: of one message.
         peaks: dense FLOP/s by precision, for a device that the table of peaks does not have.
+        placeholder: whether the peaks are no more than something to plan with.
         reserved_memory: bytes a device that no tensor can have: context, libraries, communication buffers.
     """
 
@@ -50,6 +51,7 @@ class Cluster:
     inter_latency: float = 25e-6
     reserved_memory: float = 2 * GB
     peaks: Mapping[str, float] = field(default_factory=dict)
+    placeholder: bool = False
 
     @property
     def world_size(self) -> int:
@@ -98,7 +100,7 @@ PRESETS: dict[str, Cluster] = {
                 intra_bandwidth=448 * GB, inter_bandwidth=50 * GB, host_bandwidth=51 * GB),
         Cluster("CPU", "CPU", devices_per_node=1, device_memory=16 * GB, host_memory=16 * GB, reserved_memory=0.5 * GB,
                 memory_bandwidth=10 * GB, intra_bandwidth=2 * GB, inter_bandwidth=1 * GB, host_bandwidth=10 * GB,
-                peaks={"fp32": 1e11, "bf16": 2e11, "fp16": 1e11}),
+                peaks={"fp32": 1e11, "bf16": 2e11, "fp16": 1e11}, placeholder=True),
     )
 }  # fmt: skip
 
@@ -116,5 +118,6 @@ def preset(name: str, **changes: float | int | None) -> Cluster:
     given = {key: value for key, value in changes.items() if value is not None}
     cluster = dataclasses.replace(found, **given)  # type: ignore[arg-type]
     if peak is not None:
-        cluster = dataclasses.replace(cluster, peaks=dict.fromkeys(("fp32", "bf16", "fp16"), peak))
+        peaks = dict.fromkeys(("fp32", "bf16", "fp16"), float(peak))
+        cluster = dataclasses.replace(cluster, peaks=peaks, placeholder=False)
     return cluster

@@ -132,7 +132,10 @@ class Plan:
         return training_flops_per_token(config.model, config.moe, config.data.seq_len)
 
     @property
-    def mfu(self) -> float:
+    def mfu(self) -> float | None:
+        """Model FLOPs utilisation; None where the device's peak is a placeholder."""
+        if self.subject.cluster.placeholder:
+            return None
         peak = self.subject.cluster.peak(self.subject.plan.precision)
         return self.flops_per_token * self.tokens_per_s / self.subject.world_size / peak
 
@@ -237,7 +240,7 @@ class Plan:
 def make_plan(subject: Subject, wishes: Wishes | None = None, rates: Rates | None = None) -> Plan:
     """Work out all costs of a run."""
     wishes, rates = wishes or Wishes(), rates or Rates()
-    gathering = follow(subject) if subject.plan.stage == 3 and subject.world_size >= 1 else None
+    gathering = follow(subject) if subject.plan.stage == 3 else None
     flows = step_traffic(subject, gathering)
     shapes = shapes_for(subject, wishes)
     parts = step_parts(subject, shapes, flows, rates)

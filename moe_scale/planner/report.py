@@ -61,13 +61,18 @@ def conclusions(plan: Plan) -> list[str]:
     verdict = "it fits" if plan.fits else "IT DOES NOT FIT: " + "; ".join(plan.problems)
     return [
         f"memory: {gib(plan.device_bytes)} of {gib(cluster.device_memory)} a device; {verdict}",
-        f"speed: {plan.step_s:.3f} s a step, {plan.tokens_per_s:,.0f} tokens/s, MFU {plan.mfu:.1%}, bound by "
+        f"speed: {plan.step_s:.3f} s a step, {plan.tokens_per_s:,.0f} tokens/s, MFU {percent(plan.mfu)}, bound by "
         f"{BOUNDS[plan.bound]}; rates {plan.rates.source}",
         f"budget: {budget['tokens']:,.0f} tokens in {budget['days']:,.2f} days, {budget['device_hours']:,.0f} "
         f"device-hours{cost}",
         f"checkpoint: {gib(plan.checkpoint_bytes)}, {plan.checkpoint_s:,.1f} s at "
         f"{plan.wishes.disk_rate / 1e9:g} GB/s a rank",
     ]
+
+
+def percent(share: float | None) -> str:
+    """A share as it is printed; one that is not known as a question mark."""
+    return "?" if share is None else f"{share:.1%}"
 
 
 def _parameters(parameters: Mapping[str, object]) -> Table:
@@ -121,7 +126,7 @@ def show_search(outcomes: Sequence[Outcome], console: Console | None = None) -> 
         plan = outcome.plan
         assert plan is not None
         speed = f"{plan.tokens_per_s:,.0f}"
-        table.add_row(str(outcome.layout), speed, f"{plan.mfu:.1%}", gib(plan.device_bytes), BOUNDS[plan.bound])
+        table.add_row(str(outcome.layout), speed, percent(plan.mfu), gib(plan.device_bytes), BOUNDS[plan.bound])
     console.print(f"{len(fitting)} of {len(outcomes)} layouts fit; the fastest:")
     console.print(table)
     failures = Table("layouts that fail", "why, as for", "")

@@ -26,6 +26,12 @@ def test_single_figures_can_be_replaced() -> None:
     assert cluster.host_memory == PRESETS["H100"].host_memory
 
 
+def test_a_cpu_has_a_peak_only_when_it_is_given() -> None:
+    assert preset("CPU").placeholder
+    assert not preset("CPU", peak=2e11).placeholder
+    assert not preset("H100").placeholder
+
+
 def test_an_unknown_preset_is_named_with_the_known_ones() -> None:
     with pytest.raises(ConfigError, match=r"'H1000'; choose one of A100-40, .*CPU"):
         preset("H1000")

@@ -123,6 +123,7 @@ def test_measured_rates_replace_the_assumed_ones(tmp_path: Path) -> None:
     assert seconds["gradients"] == pytest.approx(micro * numel * 2e-9)
     assert seconds["optimizer"] == pytest.approx(numel * 1e-9)
     assert found.bound == "measured"
+    assert found.mfu is None
 
 
 @pytest.mark.parametrize(
