@@ -8,14 +8,14 @@ from typing import Any
 
 from moe_scale.telemetry.quiet import quiet
 
-TAKE_A_RECIPE = ("compare", "bench-checkpoint", "doctor", "launch")
+TAKE_A_RECIPE = ("compare", "bench-checkpoint", "doctor", "launch", "plan")
 """Tools that hand what they do not know to the recipe that they are given."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the tool that the command line names."""
     quiet()
-    from moe_scale.tools import bench, bench_checkpoint, compare, doctor, launch, reshard
+    from moe_scale.tools import bench, bench_checkpoint, compare, doctor, launch, plan, reshard
     from moe_scale.train.recipe import exit_codes
 
     modules: dict[str, Any] = {
@@ -24,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "compare": compare,
         "doctor": doctor,
         "launch": launch,
+        "plan": plan,
         "reshard": reshard,
     }
     parser = argparse.ArgumentParser(prog="moe-scale", description="Tools around training mixture-of-experts models.")
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         module.add_arguments(tool)
     arguments, rest = parser.parse_known_args(argv)
     with exit_codes():
-        if arguments.tool in TAKE_A_RECIPE:
+        if arguments.tool in TAKE_A_RECIPE or vars(arguments).get("calibrate"):
             modules[arguments.tool].run(arguments, rest)
         elif rest:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 
 
 def positive(text: str) -> int:
@@ -21,6 +22,29 @@ def port(text: str) -> int:
     if number > 65535:
         raise argparse.ArgumentTypeError(f"{text}: choose 1024 to 65535")
     return number
+
+
+def positive_number(text: str) -> float:
+    """A number above 0, as 2.5 or 1e12."""
+    value = _number(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: choose a number above 0")
+    return value
+
+
+def not_negative_number(text: str) -> float:
+    """A number from 0, as 0.02."""
+    value = _number(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: choose a number from 0")
+    return value
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def _at_least(least: int, text: str) -> int:

@@ -58,16 +58,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output_dir", default="", help="also write bench.json (rows), verdict.json and bench.md there"
     )
     parser.add_argument(
+        "--calibrate",
+        default="",
+        metavar="RECIPE",
+        help="instead: measure the rates that moe-scale plan --calibration reads, at a recipe's shapes; its settings "
+        "may follow, and of the flags here --rounds, --warmup, --threads and --output_dir hold",
+    )
+    parser.add_argument(
         "--profile", action="store_true", help="with output_dir: also the operators of each layer by time"
     )
 
 
-def run(arguments: argparse.Namespace) -> dict[str, list[Row]]:
+def run(arguments: argparse.Namespace, recipe_argv: list[str] | None = None) -> dict[str, Any]:
     """Time everything that was asked for, print a table and a verdict, and write both into a folder.
 
+    Args:
+        recipe_argv: settings of the recipe that ``--calibrate`` names.
+
     Returns:
-        ``rows``, one a layer or part, shape and direction; and ``verdict``, one a target.
+        ``rows``, one a layer or part, shape and direction; and ``verdict``, one a target. With ``--calibrate`` rates.
     """
+    if arguments.calibrate:
+        from moe_scale.tools.calibrate import calibrate  # it imports what imports this module
+
+        return calibrate(arguments, recipe_argv or [])
     _check(arguments)
     device = devices.current()
     if device.type == "cpu":

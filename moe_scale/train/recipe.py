@@ -132,29 +132,18 @@ def _leave(text: str, code: int) -> None:
     raise SystemExit(code) from None
 
 
-def prepare_job(
-    recipe: Recipe,
-    argv: list[str],
-    launch: Launch | None = None,
-    device: Device | None = None,
-    *,
-    look_at_folder: bool = True,
-) -> Job:
-    """Read and check everything about a run, on this rank alone.
+def read_run(
+    recipe: Recipe, argv: list[str], launch: Launch, device: Device
+) -> tuple[Any, DeepSpeedPlan, list[Problem]]:
+    """The settings of a run on ``launch`` ranks of ``device``, which need not be those of this machine.
 
-    Args:
-        recipe: what is trained.
-        argv: the settings.
-        launch: the rank whose view is checked, if not this process's own.
-        device: of that rank.
-        look_at_folder: False for a job that is not to be run: whatever is in ``output_dir`` does not matter.
+    Returns:
+        the settings, with ``moe.ep_size 0`` resolved; the DeepSpeed configuration; and all that is wrong with them.
+        What is wrong with the data or the folder of the run is not looked at.
 
     Raises:
-        ConfigError: with every problem found.
         SystemExit: for ``--help`` and ``--print_config``.
     """
-    launch = launch or launches.detect()
-    device = device or devices.detect()
     machine_scale = devices.natural_scale(device, launch)
     if machine_scale not in recipe.scales:
         machine_scale = next(iter(recipe.scales))
@@ -182,6 +171,33 @@ def prepare_job(
         config = _with_ep_size(config, _widest_ep_size(config, ds_plan, launch))
     problems += ds_problems + unsupported(config.moe, zero_stage=ds_plan.stage, on_cpu=device.is_cpu)
     problems += optimizer_problems(config.optim, offload=ds_plan.offload)
+    return config, ds_plan, problems
+
+
+def prepare_job(
+    recipe: Recipe,
+    argv: list[str],
+    launch: Launch | None = None,
+    device: Device | None = None,
+    *,
+    look_at_folder: bool = True,
+) -> Job:
+    """Read and check everything about a run, on this rank alone.
+
+    Args:
+        recipe: what is trained.
+        argv: the settings.
+        launch: the rank whose view is checked, if not this process's own.
+        device: of that rank.
+        look_at_folder: False for a job that is not to be run: whatever is in ``output_dir`` does not matter.
+
+    Raises:
+        ConfigError: with every problem found.
+        SystemExit: for ``--help`` and ``--print_config``.
+    """
+    launch = launch or launches.detect()
+    device = device or devices.detect()
+    config, ds_plan, problems = read_run(recipe, argv, launch, device)
     try:
         zero.check_version()
     except ConfigError as error:

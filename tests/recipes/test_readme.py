@@ -74,7 +74,9 @@ def test_command_for_a_cpu_runs(command: str, tiny_flags: list[str], tmp_path: P
     flags = shlex.join([*tiny_flags, "--max_steps", "2", "--output_dir", str(tmp_path / "run")])
     if "--print_config" in command:
         flags = ""
-    if command.startswith("moe-scale bench-checkpoint"):
+    if command.startswith("moe-scale bench --calibrate"):
+        flags += " --rounds 1 --warmup 0"
+    elif command.startswith("moe-scale bench-checkpoint"):
         flags += " --rounds 1 --steps 1"
     elif command.startswith("moe-scale reshard"):
         write_checkpoint(tmp_path / "run", small_config(tmp_path))
@@ -105,6 +107,10 @@ def test_command_for_a_cpu_runs(command: str, tiny_flags: list[str], tmp_path: P
     assert "Traceback" not in done.stderr
     if "compare" in command:
         assert (tmp_path / "run" / "compare.json").is_file()
+    elif command.startswith("moe-scale plan"):
+        assert (tmp_path / "run" / "plan.json").is_file()
+    elif "--calibrate" in command:
+        assert (tmp_path / "run" / "calibration.json").is_file()
     elif "bench-checkpoint" in command:
         assert (tmp_path / "run" / "bench_checkpoint.json").is_file()
     elif "reshard" in command:

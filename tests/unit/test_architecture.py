@@ -28,6 +28,7 @@ LAYERS = (
     ("models",),
     ("data", "telemetry", "evaluate", "checkpoint"),
     ("train",),
+    ("planner",),
     ("tools",),
     ("cli", "__init__"),
     ("__main__",),

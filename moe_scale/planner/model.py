@@ -1,0 +1,162 @@
+"""What is planned: a recipe's run on a cluster, with the parameters of the very modules that the run would build.
+
+The model is built on the meta device by the recipe's own task, with the experts of one rank, so that shapes and names
+follow the code. Every rank holds parameters of the same shapes; what differs is which experts they are.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from moe_scale.errors import Problem, raise_if
+from moe_scale.parallel.ds_json import DeepSpeedPlan
+from moe_scale.parallel.groups import ParallelGroups
+from moe_scale.parallel.launch import Launch
+from moe_scale.parallel.zero import is_expert_parallel
+from moe_scale.planner.cluster import Cluster
+from moe_scale.train.optim import parameter_groups, part_of
+from moe_scale.train.recipe import Recipe, read_run
+
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+"""Bytes of one number."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of a rank, before ZeRO shards it.
+
+    Attributes:
+        name: in the model.
+        shape: of this rank's part; of expert-parallel parameters the first dimension counts the local experts.
+        part: of :data:`moe_scale.train.optim.PARTS`.
+        expert_parallel: whether it is sharded over the expert-data group rather than over all ranks.
+        group: number of its optimizer group.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    part: str
+    expert_parallel: bool
+    group: int
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A run on a cluster.
+
+    Attributes:
+        recipe: its name.
+        config: the run's settings.
+        plan: the checked DeepSpeed configuration.
+        cluster: the machine.
+        parameters: of one rank, in the order of ``model.named_parameters()``.
+    """
+
+    recipe: str
+    config: Any
+    plan: DeepSpeedPlan
+    cluster: Cluster
+    parameters: tuple[Parameter, ...]
+
+    @property
+    def world_size(self) -> int:
+        return self.cluster.world_size
+
+    @property
+    def ep_size(self) -> int:
+        return self.config.moe.ep_size if self.config.moe.enabled else 1
+
+    @property
+    def zero(self) -> dict[str, Any]:
+        """The section ``zero_optimization`` of the DeepSpeed JSON."""
+        return self.plan.json.get("zero_optimization", {})
+
+    @property
+    def bytes_per_value(self) -> int:
+        """Of weights and activations."""
+        return BYTES[self.plan.precision]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one micro-batch of one rank."""
+        return self.plan.micro_batch * self.config.data.seq_len
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.tokens * self.plan.grad_accum * self.world_size
+
+    def shard_ranks(self, parameter: Parameter) -> int:
+        """Ranks that ZeRO shards the parameter over."""
+        return self.world_size // self.ep_size if parameter.expert_parallel else self.world_size
+
+    def shard(self, parameter: Parameter) -> int:
+        """Elements of the parameter's shard at stage 3, padding included."""
+        return -(-parameter.numel // self.shard_ranks(parameter))
+
+    def offloads(self, part: str) -> bool:
+        """Whether ``part`` (optimizer or param) is kept in host memory."""
+        return (self.zero.get(f"offload_{part}") or {}).get("device", "none") != "none"
+
+    def global_params(self, active: bool = False) -> dict[str, int]:
+        """Parameters of the whole model by part; with ``active`` those that one token uses."""
+        moe = self.config.moe
+        found: dict[str, int] = {}
+        for p in self.parameters:
+            experts = p.part == "experts"
+            count = p.numel * (self.ep_size if p.expert_parallel else 1)
+            if active and experts:
+                count = count * moe.top_k // moe.num_experts
+            found[p.part] = found.get(p.part, 0) + count
+        return found
+
+
+def read_subject(recipe: Recipe, argv: list[str], cluster: Cluster) -> Subject:
+    """The run that a recipe and its command line describe, on ``cluster``.
+
+    Raises:
+        ConfigError: with every reason why such a run would not start, and for what is not modelled.
+    """
+    launch = Launch(0, cluster.world_size, 0, cluster.devices_per_node, "none")
+    config, plan, problems = read_run(recipe, argv, launch, cluster.device)
+    problems += not_modelled(config)
+    raise_if(problems)
+    parameters = model_parameters(recipe, config, cluster.world_size)
+    return Subject(recipe.name, config, plan, cluster, parameters)
+
+
+def not_modelled(config: Any) -> list[Problem]:
+    """Runs that train, but whose costs are not known here."""
+    found = []
+    if config.moe.enabled and config.moe.backend != "custom":
+        what = f"{config.moe.backend}: memory and time are modelled for the custom backend alone"
+        found.append(Problem("moe.backend", what, "plan with moe.backend custom"))
+    if not (hasattr(config, "model") and hasattr(config.model, "num_kv_heads") and hasattr(config, "data")):
+        found.append(Problem("recipe", "its model is no decoder", "plans are of decoder language models"))
+    return found
+
+
+def model_parameters(recipe: Recipe, config: Any, world_size: int) -> tuple[Parameter, ...]:
+    """The parameters that one rank's model has, from the model itself on the meta device."""
+    ep_size = config.moe.ep_size if config.moe.enabled else 1
+    groups = ParallelGroups(world_size, 0, ep_size, 0)
+    # The CPU's kernels have the same parameters as a GPU's; a choice that this machine lacks must not matter.
+    task = recipe.task(replace(config, moe=replace(config.moe, kernels="auto")))
+    with torch.device("meta"):
+        model = task.build_model(groups)
+    group_of = {
+        id(parameter): number
+        for number, group in enumerate(parameter_groups(model, config.optim.weight_decay))
+        for parameter in group["params"]
+    }
+    return tuple(
+        Parameter(name, tuple(p.shape), part_of(name), is_expert_parallel(p), group_of[id(p)])
+        for name, p in model.named_parameters()
+    )

@@ -1,0 +1,115 @@
+"""``moe-scale plan`` as it is called: what it prints and writes, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+
+from moe_scale.cli import main
+from moe_scale.parallel import device as devices
+from moe_scale.parallel import launch as launches
+from moe_scale.train.recipe import prepare_job
+from recipes.lm_16l import RECIPE
+from tests.ranks import REPO
+from tests.unit.planner.subjects import SETTINGS
+
+RECIPE_FILE = str(REPO / "recipes" / "lm_16l.py")
+
+
+def plan(*arguments: str) -> None:
+    main(["plan", RECIPE_FILE, *SETTINGS.split(), *arguments])
+
+
+def test_a_plan_is_printed_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan("--cluster", "H100", "--tokens", "1e9", "--price", "2", "--output_dir", str(tmp_path / "plan"))
+    printed = capsys.readouterr().out
+    for words in ("parameters", "moments", "all_gather", "optimizer", "it fits", "device-hours, cost"):
+        assert words in printed
+    record = json.loads((tmp_path / "plan" / "plan.json").read_text())
+    assert record["layout"]["ranks"] == 8
+    assert record["memory"]["fits"]
+    assert record["budget"]["tokens"] == 1e9
+    assert record["versions"]["torch"]
+
+
+def test_the_found_layout_is_a_command_that_passes_every_check(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "plan"
+    plan("--cluster", "H100", "--nodes", "2", "--search", "--output_dir", str(folder))
+    record = json.loads((folder / "plan.json").read_text())
+    command = (folder / "command.txt").read_text().strip()
+    assert command in capsys.readouterr().out
+    assert command.startswith(f"deepspeed --hostfile hostfiles/2x8 {RECIPE_FILE} --scale multinode ")
+    best = record["search"][0]
+    assert best["tokens_per_s"] == record["time"]["tokens_per_s"]
+    monkeypatch.setattr(launches, "detect", lambda: launches.Launch(0, 16, 0, 8, "env"))
+    monkeypatch.setattr(devices, "detect", lambda: devices.Device("cuda", "NVIDIA H100", bf16=True, fp16=True))
+    words = shlex.split(command)
+    # The small vocabulary of these tests is none that the task's own check lets through.
+    argv = [
+        *words[words.index(RECIPE_FILE) + 1 :],
+        "--model.vocab_size",
+        "50304",
+        "--output_dir",
+        str(tmp_path / "run"),
+    ]
+    job = prepare_job(RECIPE, argv)
+    assert job.plan.stage == best["stage"]
+    assert job.plan.micro_batch == best["micro_batch"]
+    assert job.config.moe.ep_size == best["ep_size"]
+
+
+def test_ranks_are_simulated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan("--simulate", "64", "--moe.ep_size", "4", "--output_dir", str(tmp_path / "plan"))
+    assert "16 of 4 ranks; the first: 0, 1, 2, 3" in capsys.readouterr().out
+    simulation = json.loads((tmp_path / "plan" / "plan.json").read_text())["simulation"]
+    assert len(simulation["params_per_rank"]) == 64
+    assert simulation["expert_data_groups"][1][:2] == [1, 5]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--cluster H1000", "--cluster: 'H1000'; choose one of"),
+        ("--nodes 0", "choose 1 or more"),
+        ("--devices_per_node -1", "choose 1 or more"),
+        ("--price -1", "choose a number above 0"),
+        ("--tokens nan", "choose a number above 0"),
+        ("--inter_gbps fast", "choose a number above 0"),
+        ("--imbalance 0.5", "the fullest rank has at least the mean"),
+        ("--moe.ep_size 3", "does not divide the 8 ranks"),
+        ("--moe.backend autoep", "modelled for the custom backend alone"),
+        ("--simulate 13", "13 ranks do not fill nodes of 8"),
+        ("--simulate 32768", "choose at most 16,384"),
+        ("--simulate 16 --nodes 2", "leave one of them out"),
+        ("--simulate 16 --routing nothing.jsonl", "nothing.jsonl: No such file"),
+        ("--calibration nothing.json", "nothing.json: No such file"),
+        ("--no_such_setting 1", "no such setting"),
+        ("--deepspeed_override zero_optimization.stage=7", "choose 0, 1, 2 or 3"),
+        ("--output_dir {file}/plan", "cannot be written"),
+        ("--output_dir {plan}", "holds a plan already"),
+    ],
+)
+def test_wrong_settings_are_one_message(
+    arguments: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "plan.json").touch()
+    words = arguments.format(file=tmp_path / "file", plan=tmp_path).split()
+    with pytest.raises(SystemExit) as left:
+        plan(*words)
+    assert left.value.code == 2
+    said = capsys.readouterr()
+    assert message in said.err
+    assert "Traceback" not in said.err
+    assert "tokens/s" not in said.out
+
+
+def test_a_file_that_is_no_recipe_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["plan", "nothing.py"])
+    assert "nothing.py is no Python file" in capsys.readouterr().err
