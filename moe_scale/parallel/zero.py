@@ -20,6 +20,7 @@ from torch.nn import Parameter
 
 from moe_scale.errors import ConfigError, Problem
 from moe_scale.parallel.groups import ParallelGroups
+from moe_scale.parallel.rendezvous import check_address, telling_of_a_wait
 
 DEEPSPEED_VERSION = "0.19.8"
 
@@ -47,7 +48,14 @@ def zero_section_schema() -> Any:
 
 
 def init_distributed(timeout_minutes: float = 30.0) -> None:
-    """Bring up the default process group from RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; once per process."""
+    """Bring up the default process group from RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; once per process.
+
+    Args:
+        timeout_minutes: that ranks wait for each other, now and in every collective.
+
+    Raises:
+        ConfigError: for an address that is none or taken, and when ranks have not come in time.
+    """
     import deepspeed
     import deepspeed.ops
     from deepspeed.accelerator import get_accelerator
@@ -58,22 +66,28 @@ def init_distributed(timeout_minutes: float = 30.0) -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if deepspeed.comm.is_initialized():
         return
+    check_address()
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu" and accelerator.device_count() > 1:
         # Before the first collective: object collectives put their tensors on the current device. A rank that sees
         # one device alone (srun --gpus-per-task=1) has nothing to choose.
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
     try:
-        deepspeed.init_distributed(
-            timeout=datetime.timedelta(minutes=timeout_minutes), auto_mpi_discovery=False, verbose=False
-        )
-    except torch.distributed.DistNetworkError as error:
-        if "EADDRINUSE" not in str(error):
-            raise
-        port = os.environ.get("MASTER_PORT")
-        raise ConfigError(
-            Problem("MASTER_PORT", f"port {port} is taken", "choose another with --master_port", this_host_only=True)
-        ) from None
+        with telling_of_a_wait():
+            deepspeed.init_distributed(
+                timeout=datetime.timedelta(minutes=timeout_minutes), auto_mpi_discovery=False, verbose=False
+            )
+    except (torch.distributed.DistNetworkError, torch.distributed.DistStoreError) as error:
+        raise ConfigError(_who_did_not_meet(error, timeout_minutes)) from None
+
+
+def _who_did_not_meet(error: Exception, timeout_minutes: float) -> Problem:
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    if "EADDRINUSE" in str(error):
+        what, instead = f"port {port} is taken", "choose another with --master_port"
+        return Problem("MASTER_PORT", what, instead, this_host_only=True)
+    what = f"not all {os.environ['WORLD_SIZE']} ranks came to {address}:{port} within {timeout_minutes:g} minutes"
+    return Problem("MASTER_ADDR", what, "are all hosts up, and does each reach the first?", this_host_only=True)
 
 
 def _leave_out_the_compiler() -> None:

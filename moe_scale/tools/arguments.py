@@ -16,6 +16,13 @@ def not_negative(text: str) -> int:
     return _at_least(0, text)
 
 
+def not_empty(text: str) -> str:
+    """Any text but none: an option whose shell variable is not set must not count as left out."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty: give a value, or leave the option out")
+    return text
+
+
 def port(text: str) -> int:
     """A port that programs of users may open."""
     number = _at_least(1024, text)

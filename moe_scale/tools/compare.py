@@ -13,6 +13,7 @@ import importlib.util
 import json
 import statistics
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -98,15 +99,34 @@ def run(arguments: argparse.Namespace, recipe_argv: list[str]) -> list[Row]:
 
 
 def load_recipe(path: Path) -> Recipe:
-    """The ``RECIPE`` that a recipe's file defines."""
+    """The ``RECIPE`` that a recipe's file defines.
+
+    Raises:
+        ConfigError: if the file is not there, does not run, or defines none.
+    """
+    example = "for example recipes/lm_16l.py"
+    if not path.is_file():
+        raise ConfigError(Problem("recipe", f"{path} is no file", example, this_host_only=True))
     spec = importlib.util.spec_from_file_location(f"recipe {path.stem}", path)
-    if spec is None or spec.loader is None or not path.is_file():
-        raise ConfigError(Problem("recipe", f"{path} is no Python file", "for example recipes/lm_16l.py"))
+    if spec is None or spec.loader is None:
+        raise ConfigError(Problem("recipe", f"{path} is no Python file", example))
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up there
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:  # whatever a user's file may do
+        del sys.modules[spec.name]
+        what = f"{type(error).__name__}: {error}".rstrip(": ")
+        raise ConfigError(Problem("recipe", f"{path}{_line_of(error, path)} cannot be loaded: {what}")) from None
     if not isinstance(getattr(module, "RECIPE", None), Recipe):
-        raise ConfigError(Problem("recipe", f"{path} defines no RECIPE", "for example recipes/lm_16l.py"))
+        raise ConfigError(Problem("recipe", f"{path} defines no RECIPE", example))
     return module.RECIPE
+
+
+def _line_of(error: BaseException, path: Path) -> str:
+    """``:12``, the line of ``path`` that raised the error, where one did."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    number = getattr(error, "lineno", None) if isinstance(error, SyntaxError) else lines[-1] if lines else None
+    return f":{number}" if number else ""
 
 
 def _prepare(recipe: Recipe, variants: list[str], argv: list[str], folder: Path) -> dict[str, Job]:

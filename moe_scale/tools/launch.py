@@ -18,7 +18,7 @@ from moe_scale.parallel.device import Device
 from moe_scale.parallel.hostfile import MAX_SLOTS, Host, read_hostfile, select
 from moe_scale.parallel.launch import INTERFACE, Launch
 from moe_scale.tools import launch_commands as commands
-from moe_scale.tools.arguments import port, positive
+from moe_scale.tools.arguments import not_empty, port, positive
 from moe_scale.tools.compare import load_recipe
 from moe_scale.tools.launch_commands import Command, Request
 from moe_scale.tools.launch_environment import users_file_name
@@ -45,8 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", help="file of the recipe, as recipes/lm_16l.py")
     where = parser.add_argument_group("where; without any of these, on this machine")
     where.add_argument("--hostfile", type=Path, metavar="FILE", help="hosts and their slots, as hostfiles/2x8")
-    where.add_argument("--include", default="", metavar="HOSTS", help="of the hostfile: node-1@node-2:0,1")
-    where.add_argument("--exclude", default="", metavar="HOSTS", help="all of the hostfile but these")
+    where.add_argument("--include", type=not_empty, metavar="HOSTS", help="of the hostfile: node-1@node-2:0,1")
+    where.add_argument("--exclude", type=not_empty, metavar="HOSTS", help="all of the hostfile but these")
     where.add_argument("--slurm", action="store_true", help="sbatch; inside an allocation, srun")
     where.add_argument(
         "--nodes",
@@ -63,15 +63,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "GPUs that this machine lacks it has to be given",
     )
     for name in SLURM_OPTIONS:
-        where.add_argument(f"--{name}", metavar="VALUE", help="handed to Slurm as it is")
+        where.add_argument(f"--{name}", type=not_empty, metavar="VALUE", help="handed to Slurm as it is")
     where.add_argument("--array", help=argparse.SUPPRESS)  # refused here, and not by the recipe as a wrong setting
     how = parser.add_argument_group("how")
     how.add_argument(
         "--launcher", choices=[*BY_HOSTFILE, "srun"], help="what starts the ranks [deepspeed; under Slurm, srun]"
     )
-    how.add_argument("--master_addr", default="", metavar="HOST", help="of rank 0 [the hostfile's first host]")
+    how.add_argument("--master_addr", type=not_empty, metavar="HOST", help="of rank 0 [the hostfile's first host]")
     how.add_argument("--master_port", type=port, metavar="PORT", help=f"of the rendezvous [{commands.DEFAULT_PORT}]")
-    how.add_argument("--interface", default="", metavar="NAME", help=f"of the network, sets {INTERFACE}: ib0")
+    how.add_argument("--interface", type=not_empty, metavar="NAME", help=f"of the network, sets {INTERFACE}: ib0")
     how.add_argument(
         "--device", choices=["cpu", "gpu"], help="of the ranks [this machine's; with several hosts, gpu unless "
         "DS_ACCELERATOR is cpu]"
@@ -217,8 +217,10 @@ def _contradictions(arguments: argparse.Namespace) -> list[Problem]:
         found += [
             Problem(f"--{name}", "chooses from a hostfile, and none is given", "add --hostfile FILE")
             for name in ("include", "exclude", "master_addr", "node_rank")
-            if getattr(arguments, name) not in ("", None)
+            if getattr(arguments, name) is not None
         ]
+    if arguments.node_rank is not None and not arguments.run:
+        found.append(Problem("--node_rank", "says which command to start", "add --run"))
     if arguments.hostfile and arguments.ranks_per_node:
         found.append(Problem("--ranks_per_node", "with a hostfile", "leave it out: the hostfile has slots"))
     if arguments.array:
@@ -265,9 +267,9 @@ def _request(arguments: argparse.Namespace, settings: list[str], *, on_gpu: bool
         tuple(_hosts(arguments, on_gpu=on_gpu)),
         on_gpu,
         arguments.hostfile,
-        arguments.include,
-        arguments.exclude,
-        arguments.master_addr,
+        arguments.include or "",
+        arguments.exclude or "",
+        arguments.master_addr or "",
         arguments.master_port,
         environ,
         slurm,
@@ -277,7 +279,7 @@ def _request(arguments: argparse.Namespace, settings: list[str], *, on_gpu: bool
 
 def _hosts(arguments: argparse.Namespace, *, on_gpu: bool) -> list[Host]:
     if arguments.hostfile:
-        return select(read_hostfile(arguments.hostfile), arguments.include, arguments.exclude)
+        return select(read_hostfile(arguments.hostfile), arguments.include or "", arguments.exclude or "")
     ranks = arguments.ranks_per_node
     if arguments.slurm:
         most = arguments.nodes[1] if arguments.nodes else 0

@@ -300,6 +300,9 @@ def test_inside_a_job_it_starts_a_step(capsys: pytest.CaptureFixture[str], monke
         ((*HOSTS, "--output_dir", "runs/a $HOME b"), "does not pass pdsh"),
         ((*HOSTS, "--run", "--launcher", "torchrun"), "this host is none of node-1, node-2"),
         ((*HOSTS, "--run", "--launcher", "torchrun", "--node_rank", "2"), "choose 0 to 1"),
+        ((*HOSTS, "--launcher", "torchrun", "--node_rank", "1"), "--node_rank: says which command to start; add --run"),
+        ((*HOSTS, "--include", ""), "argument --include: is empty"),
+        (("--slurm", "--nodes", "2", "--partition", " "), "argument --partition: is empty"),
     ],
 )
 def test_it_is_told_before_anything_starts(
@@ -309,11 +312,29 @@ def test_it_is_told_before_anything_starts(
 
 
 @pytest.mark.parametrize(
-    ("file", "what"), [("none", "none.py is no Python file"), ("compare_moe", "compare_moe.py defines no RECIPE")]
+    ("file", "what"), [("none", "none.py is no file"), ("compare_moe", "compare_moe.py defines no RECIPE")]
 )
 def test_a_file_that_is_no_recipe(file: str, what: str, capsys: pytest.CaptureFixture[str]) -> None:
     said = refused(capsys, f"recipes/{file}.py", *HOSTS)
     assert said == f"error: 1 problem with the settings\n  - recipe: recipes/{what}; for example recipes/lm_16l.py\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        ("x = 1\nprint(x", ":2 cannot be loaded: SyntaxError: '(' was never closed"),
+        ("\nimport nothing_of_this_name", ":2 cannot be loaded: ModuleNotFoundError: No module named"),
+        ("1 / 0", ":1 cannot be loaded: ZeroDivisionError: division by zero"),
+        ("import sys; sys.exit(0)", ":1 cannot be loaded: SystemExit: 0"),
+    ],
+)
+def test_a_recipe_that_does_not_load(
+    content: str, what: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "broken.py"
+    path.write_text(content)
+    said = refused(capsys, str(path), *HOSTS)
+    assert said.startswith(f"error: 1 problem with the settings\n  - recipe: {path}{what}")
 
 
 def test_values_that_would_reach_other_hosts_changed(

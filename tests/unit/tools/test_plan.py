@@ -112,4 +112,4 @@ def test_wrong_settings_are_one_message(
 def test_a_file_that_is_no_recipe_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["plan", "nothing.py"])
-    assert "nothing.py is no Python file" in capsys.readouterr().err
+    assert "nothing.py is no file" in capsys.readouterr().err
