@@ -22,7 +22,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return CharacterRuns(tmp_path_factory.mktemp("runs"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_hierarchical_partitions_give_the_curve_of_one_rank_and_resume_to_the_bit(runs: Runs) -> None:
     """Four ranks, as two nodes of two. The copies that hpZ keeps are no part of a checkpoint, and have to follow it."""

@@ -28,7 +28,7 @@ TWO_RANKS = {"lm_16l, 2 ranks": SMALLER}
 @pytest.mark.parametrize(
     ("num_ranks", "cases"),
     [
-        (1, CASES),
+        pytest.param(1, CASES, marks=pytest.mark.long),
         pytest.param(1, LONG, marks=pytest.mark.long),
         pytest.param(2, TWO_RANKS, marks=pytest.mark.long),
     ],

@@ -28,7 +28,7 @@ def a_bare_login_node(monkeypatch: pytest.MonkeyPatch) -> None:
     """The checkout's folder on a machine without a GPU, whose name is in no hostfile, outside of any job."""
     monkeypatch.chdir(REPO)
     for name in list(os.environ):
-        if name.startswith(("SLURM_", "GLOO_", "NCCL_", "HF_", "WANDB_", "MOE_SCALE_")):
+        if name.startswith(("SLURM_", "GLOO_", "NCCL_", "HF_", "WANDB_", "MOE_SCALE_", "TRITON_", "TORCH_", "CUDA_")):
             monkeypatch.delenv(name)
     for name in ("DS_ACCELERATOR", "DS_ENV_FILE", "OMP_NUM_THREADS", "LD_LIBRARY_PATH", "RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
