@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from moe_scale.errors import ConfigError, Problem
 from moe_scale.models.decoder import dense_hidden, is_sparse
 from moe_scale.planner.activations import Shapes, attention, dense_block, sparse_block
@@ -209,14 +211,34 @@ def flow_seconds(subject: Subject, flow: Flow, rates: Rates) -> tuple[float, str
     """Time of a flow alone (alpha-beta model), and the link that bounds it."""
     cluster: Cluster = subject.cluster
     link, ranks = on_links(subject, flow), group_size(subject, flow.group)
+    seconds = link_seconds(
+        cluster, rates, link.intra, link.inter, ranks=ranks, calls=flow.calls, crosses=link.inter > 0
+    )
     if "link_bandwidth" in rates.measured:
-        seconds = (link.intra + link.inter) / rates.measured["link_bandwidth"]
-        return seconds + flow.calls * rates.measured.get("link_latency", 0.0), "intra"
-    intra = link.intra / (cluster.intra_bandwidth * rates.link)
-    inter = link.inter / (cluster.inter_bandwidth * rates.link)
+        return float(seconds), "intra"
+    return float(
+        seconds
+    ), "inter" if link.inter / cluster.inter_bandwidth > link.intra / cluster.intra_bandwidth else "intra"
+
+
+def link_seconds(
+    cluster: Cluster, rates: Rates, intra: Any, inter: Any, *, ranks: int, calls: int, crosses: bool
+) -> Any:
+    """Time of bytes that a rank sends inside its node and to others, at once; of numbers or arrays of them.
+
+    Args:
+        intra, inter: bytes.
+        ranks: of the group.
+        calls: how often it is called.
+        crosses: whether the group spans nodes.
+    """
+    if "link_bandwidth" in rates.measured:
+        seconds = (intra + inter) / rates.measured["link_bandwidth"]
+        return seconds + calls * rates.measured.get("link_latency", 0.0)
     # Rings and trees pipeline; the latency that counts grows with the logarithm of the ranks.
-    latency = (cluster.inter_latency if link.inter else cluster.intra_latency) * max(1, (ranks - 1).bit_length())
-    return max(intra, inter) + flow.calls * latency, "inter" if inter > intra else "intra"
+    latency = (cluster.inter_latency if crosses else cluster.intra_latency) * max(1, (ranks - 1).bit_length())
+    slower = np.maximum(intra / (cluster.intra_bandwidth * rates.link), inter / (cluster.inter_bandwidth * rates.link))
+    return slower + calls * latency
 
 
 def _communication(subject: Subject, flows: list[Flow], behind: float, rates: Rates) -> list[Part]:

@@ -10,7 +10,7 @@ from moe_scale.models.counts import training_flops_per_token
 from moe_scale.planner.cluster import preset
 from moe_scale.planner.plan import Plan, Wishes, make_plan, shapes_for
 from moe_scale.planner.timing import Rates, flops, read_rates
-from moe_scale.planner.traffic import Flow, on_links, step_traffic
+from moe_scale.planner.traffic import Flow, neighbours, on_links, step_traffic
 from tests.unit.planner.subjects import small
 
 WISHES = Wishes(masked=False)
@@ -102,11 +102,24 @@ def test_what_crosses_nodes_is_what_the_group_spans() -> None:
     assert (spread.intra, spread.inter) == (300.0, 400.0)
     gather = on_links(subject, Flow("all_gather", "world", "", 1600.0, 1))
     assert gather.intra == 1500.0
-    assert gather.inter == 100.0  # the other node's half, by eight adapters
+    assert gather.inter == 1500 / 8  # a link of each of eight rings
     experts = on_links(subject, Flow("all_gather", "expert-data", "", 400.0, 1))
-    assert experts.inter == 100.0  # two of its four ranks are here
+    assert experts.inter == 150.0  # two of its four ranks are here: two rings
     both = on_links(subject, Flow("all_reduce", "world", "", 1600.0, 1))
     assert (both.intra, both.inter) == (2 * gather.intra, 2 * gather.inter)
+
+
+def test_a_group_that_straddles_nodes_waits_for_its_worst_member() -> None:
+    """Six neighbours on nodes of eight: ranks 6 and 7 have four of their group elsewhere."""
+    settings = ("--moe.num_experts", "6", "--moe.ep_size", "6")
+    subject = small(*settings, cluster=preset("H100", nodes=3))
+    sent = on_links(subject, Flow("all_to_all", "expert", "", 600.0, 1))
+    assert (sent.intra, sent.inter) == (500.0, 400.0)
+    assert neighbours(24, 8, 6, "expert") == (2, 6)
+    assert neighbours(24, 8, 6, "expert-data") == (1, 2)
+    assert neighbours(24, 8, 6, "world") == (8, 8)
+    ring = on_links(subject, Flow("all_gather", "expert-data", "", 400.0, 1))
+    assert (ring.intra, ring.inter) == (300.0, 300.0)
 
 
 def test_measured_rates_replace_the_assumed_ones(tmp_path: Path) -> None:
