@@ -251,7 +251,9 @@ def make_plan(subject: Subject, wishes: Wishes | None = None, rates: Rates | Non
 def shapes_for(subject: Subject, wishes: Wishes) -> Shapes:
     """The shapes of a micro-batch on the rank that gets most rows."""
     even = shapes_of(subject, masked=wishes.masked)
-    return shapes_of(subject, masked=wishes.masked, arrived=even.arrived * wishes.imbalance)
+    # Without expert parallelism every rank computes its own rows.
+    imbalance = wishes.imbalance if subject.ep_size > 1 else 1.0
+    return shapes_of(subject, masked=wishes.masked, arrived=even.arrived * imbalance)
 
 
 def gib(size: float) -> str:

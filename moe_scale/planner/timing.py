@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ class Rates:
             ``update``: seconds an element of what ZeRO does for a micro-batch and for a step, the optimizer included;
             and where several ranks were measured, ``link_bandwidth`` and ``link_latency``, and then ``micro`` and
             ``update`` have ZeRO's communication in them. Empty without a calibration.
+        measured_for: device, precision, ZeRO stage, offload, micro-batch, sequence and ranks of the calibration.
         source: where the rates come from.
     """
 
@@ -59,6 +60,7 @@ class Rates:
     link: float = ASSUMED_LINK
     hidden: float = ASSUMED_HIDDEN
     measured: Mapping[str, float] = field(default_factory=dict)
+    measured_for: Mapping[str, Any] = field(default_factory=dict)
     source: str = "assumed"
 
 
@@ -95,7 +97,37 @@ def read_rates(path: str) -> Rates:
     if missing or any(not value > 0 for value in rates.values()):
         what = f"{path} lacks a positive {', '.join(missing) or 'rate'}"
         raise ConfigError(Problem("--calibration", what, "moe-scale bench --calibrate makes one"))
-    return Rates(measured=rates, source=f"measured: {found.get('device', 'unknown device')}, {path}")
+    measured_for, source = found.get("layout"), f"measured: {found.get('device', 'unknown device')}, {path}"
+    return Rates(measured=rates, measured_for=measured_for if isinstance(measured_for, dict) else {}, source=source)
+
+
+def layout_of(subject: Subject) -> dict[str, Any]:
+    """What measured rates hold for."""
+    return {
+        "device": "CPU" if subject.cluster.is_cpu else subject.cluster.device_name,
+        "precision": subject.plan.precision,
+        "zero_stage": subject.plan.stage,
+        "offload_optimizer": subject.offloads("optimizer"),
+        "micro_batch": subject.plan.micro_batch,
+        "seq_len": subject.config.data.seq_len,
+        "ranks": subject.world_size,
+    }
+
+
+def calibration_problems(subject: Subject, rates: Rates) -> list[Problem]:
+    """In what a calibration differs from the run that is planned; its ranks count where what they send was measured."""
+    if not rates.measured:
+        return []
+    planned = layout_of(subject)
+    if "link_bandwidth" not in rates.measured:
+        del planned["ranks"]
+    return [
+        Problem(
+            "--calibration", f"measured with {name} {rates.measured_for.get(name)}, planned {value}", "calibrate anew"
+        )
+        for name, value in planned.items()
+        if rates.measured_for.get(name) != value
+    ]
 
 
 def step_parts(subject: Subject, shapes: Shapes, flows: list[Flow], rates: Rates) -> list[Part]:
@@ -103,7 +135,7 @@ def step_parts(subject: Subject, shapes: Shapes, flows: list[Flow], rates: Rates
     compute = _measured_blocks(subject, shapes, rates) if rates.measured else _assumed_parts(subject, shapes, rates)
     update = _update(subject, rates)
     behind = rates.hidden * sum(part.seconds for part in compute)
-    return [*compute, *_communication(subject, flows, behind, rates), *update]
+    return [*compute, *_communication(subject, shapes, flows, behind, rates), *update]
 
 
 def flops(subject: Subject, s: Shapes) -> dict[str, float]:
@@ -241,13 +273,15 @@ def link_seconds(
     return slower + calls * latency
 
 
-def _communication(subject: Subject, flows: list[Flow], behind: float, rates: Rates) -> list[Part]:
+def _communication(subject: Subject, s: Shapes, flows: list[Flow], behind: float, rates: Rates) -> list[Part]:
     overlaps = bool(subject.zero.get("overlap_comm", subject.plan.stage == 3)) and not subject.cluster.is_cpu
     parts = []
     if "link_bandwidth" in rates.measured:  # ZeRO's own communication was measured with its work
         flows = [flow for flow in flows if flow.collective == "all_to_all"]
     for flow in flows:
-        busy, link = flow_seconds(subject, flow, rates)
+        # An exchange is over when the fullest rank has its rows.
+        uneven = s.arrived / s.rows if flow.purpose.startswith("tokens") else 1.0
+        busy, link = flow_seconds(subject, replace(flow, payload=flow.payload * uneven), rates)
         can_hide = overlaps and flow.collective != "all_to_all" and "after the update" not in flow.purpose
         hidden = min(busy, behind) if can_hide else 0.0
         behind -= hidden
