@@ -23,7 +23,8 @@ from moe_scale.planner.simulate import (
     simulate_plan,
     zipf_shares,
 )
-from moe_scale.planner.timing import Rates
+from moe_scale.planner.timing import Rates, flow_seconds
+from moe_scale.planner.traffic import Flow
 from tests.unit.planner.subjects import small
 
 
@@ -82,6 +83,16 @@ def test_an_all_to_all_takes_as_long_as_its_slowest_rank() -> None:
     counts_WE[2, :4] = 99  # rows that stay
     seconds = all_to_all_seconds(plan_all_to_all(counts_WE, 2), subject, Rates(link=1.0))
     assert seconds.tolist() == pytest.approx([0.5 + 40 * row / 1e6, 0.5, 0.5, 0.5])
+
+
+def test_a_trip_takes_what_the_plan_gives_it_at_measured_links_too() -> None:
+    """An even exchange among 16 ranks of two nodes, with the latency of four hops, or with one link for all."""
+    subject = small("--moe.ep_size", "16", "--moe.num_experts", "16", cluster=preset("H100", nodes=2))
+    row = subject.config.model.d_model * subject.bytes_per_value
+    even = plan_all_to_all(np.full((16, 16), 50), 16)
+    for rates in (Rates(), Rates(measured={"link_bandwidth": 1e9, "link_latency": 1e-3})):
+        planned, _ = flow_seconds(subject, Flow("all_to_all", "expert", "tokens", 16 * 50 * row, 1), rates)
+        assert all_to_all_seconds(even, subject, rates).tolist() == pytest.approx([planned])
 
 
 def test_what_is_drawn_has_the_asked_shares_and_rows() -> None:
