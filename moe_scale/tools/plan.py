@@ -125,8 +125,8 @@ def run(arguments: argparse.Namespace, recipe_argv: list[str]) -> dict[str, Any]
     if best:
         found["command"] = command(plan, best.layout, arguments, recipe_argv)
         print(found["command"])
-        if cluster.nodes > 1:
-            print(f"hostfiles/{cluster.nodes}x{cluster.devices_per_node} is to be written first, where there is none")
+        if cluster.nodes > 1 and not Path(hostfile(cluster)).exists():
+            print(f"note: there is no {hostfile(cluster)} here; write it first, one line a node")
     if simulation:
         show_simulation(simulation)
         found["simulation"] = simulation.record()
@@ -150,7 +150,7 @@ def command(plan: Plan, layout: Layout, arguments: argparse.Namespace, recipe_ar
     """The command that trains a layout which a search found; a hostfile of that name may have to be written first."""
     cluster = plan.subject.cluster
     if cluster.nodes > 1:
-        start = ["deepspeed", "--hostfile", f"hostfiles/{cluster.nodes}x{cluster.devices_per_node}"]
+        start = ["deepspeed", "--hostfile", hostfile(cluster)]
     else:
         start = ["deepspeed", "--num_accelerators" if cluster.is_cpu else "--num_gpus", str(cluster.devices_per_node)]
     layouts = {word for word in flags(layout) if word.startswith("--")}
@@ -161,6 +161,11 @@ def command(plan: Plan, layout: Layout, arguments: argparse.Namespace, recipe_ar
         sharding = ["--deepspeed_config", str(Path(arguments.output_dir) / "deepspeed.json")]
     words = [*start, arguments.recipe, "--scale", plan.subject.config.scale, *kept, *flags(layout), *sharding]
     return shlex.join(words)
+
+
+def hostfile(cluster: Cluster) -> str:
+    """The file that a command of several nodes names."""
+    return f"hostfiles/{cluster.nodes}x{cluster.devices_per_node}"
 
 
 def without(argv: list[str], names: set[str]) -> list[str]:

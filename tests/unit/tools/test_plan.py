@@ -51,7 +51,9 @@ def test_the_found_layout_is_a_command_that_passes_every_check(
     plan("--cluster", "H100", "--nodes", "2", "--search", "--output_dir", str(folder))
     record = json.loads((folder / "plan.json").read_text())
     command = (folder / "command.txt").read_text().strip()
-    assert command in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert command in printed
+    assert "note: there is no" not in printed  # that hostfile is one of the repository's
     assert command.count("--moe.ep_size") == command.count("--model.activation_checkpointing") == 1
     assert command.startswith(f"deepspeed --hostfile hostfiles/2x8 {RECIPE_FILE} --scale multinode ")
     best = record["search"][0]
@@ -71,6 +73,11 @@ def test_the_found_layout_is_a_command_that_passes_every_check(
     assert job.plan.stage == best["stage"]
     assert job.plan.micro_batch == best["micro_batch"]
     assert job.config.moe.ep_size == best["ep_size"]
+
+
+def test_a_hostfile_that_is_not_there_is_said_to_be_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    plan("--nodes", "2", "--devices_per_node", "3", "--search", "--moe.num_experts", "6", "--moe.ep_size", "1")
+    assert "note: there is no hostfiles/2x3 here" in capsys.readouterr().out
 
 
 def test_ranks_are_simulated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
