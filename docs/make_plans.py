@@ -54,7 +54,7 @@ def figures(printed: str) -> list[str]:
     """The lines that conclude a plan, put together where the printed ones are broken."""
     found: list[str] = []
     for line in printed.splitlines():
-        if line.startswith(("ZeRO-", "memory:", "speed:", "budget:", "checkpoint:", "deepspeed ")):
+        if line.startswith(("ZeRO-", "compute:", "memory:", "speed:", "budget:", "checkpoint:", "deepspeed ")):
             found.append(line)
         elif found and line[:1].islower() and ": " not in line:
             found[-1] += f" {line}"

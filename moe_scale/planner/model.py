@@ -126,15 +126,38 @@ def read_subject(recipe: Recipe, argv: list[str], cluster: Cluster) -> Subject:
     """
     launch = Launch(0, cluster.world_size, 0, cluster.devices_per_node, "none")
     config, plan, problems = read_run(recipe, argv, launch, cluster.device)
-    problems += not_modelled(config)
+    problems += not_modelled(config, {} if problems else plan.json)
     raise_if(problems)
     parameters = model_parameters(recipe, config, cluster.world_size)
     return Subject(recipe.name, config, plan, cluster, parameters)
 
 
-def not_modelled(config: Any) -> list[Problem]:
-    """Runs that train, but whose costs are not known here."""
+ZERO_PLUS_PLUS = (
+    "zero_hpz_partition_size",
+    "zero_quantized_weights",
+    "zero_quantized_nontrainable_weights",
+    "zero_quantized_gradients",
+    "mics_shard_size",
+)
+"""Settings of ZeRO++ (arXiv 2306.10209) and MiCS (arXiv 2205.00119), which change what ranks hold and send."""
+
+
+def not_modelled(config: Any, deepspeed: dict[str, Any]) -> list[Problem]:
+    """Runs that train, but whose costs are not known here.
+
+    Args:
+        deepspeed: the run's DeepSpeed JSON.
+    """
     found = []
+    zero = deepspeed.get("zero_optimization") or {}
+    for name in ZERO_PLUS_PLUS:
+        value = zero.get(name)
+        if value is True or (value and value not in (1, -1)):
+            what = f"{value}: its memory and traffic are not modelled"
+            found.append(Problem(f"zero_optimization.{name}", what, "plan without it"))
+    if ((zero.get("offload_param") or {}).get("device") or "none") != "none":
+        what = "the time of parameters that come from host memory or disk is not modelled"
+        found.append(Problem("zero_optimization.offload_param", what, "plan without it"))
     if config.moe.enabled and config.moe.backend != "custom":
         what = f"{config.moe.backend}: memory and time are modelled for the custom backend alone"
         found.append(Problem("moe.backend", what, "plan with moe.backend custom"))

@@ -100,9 +100,10 @@ class Plan:
     def problems(self) -> list[str]:
         """Why the run does not fit its cluster."""
         cluster, found = self.subject.cluster, []
-        if cluster.is_cpu:  # device and host are one memory
-            if self.device_bytes + self.host_bytes > cluster.device_memory:
-                found.append(f"needs {gib(self.device_bytes + self.host_bytes)} of {gib(cluster.device_memory)}")
+        if cluster.is_cpu:  # device and host are one memory, shared by the host's ranks
+            needed = cluster.devices_per_node * (self.device_bytes + self.host_bytes)
+            if needed > cluster.host_memory:
+                found.append(f"needs {gib(needed)} of a host's {gib(cluster.host_memory)}")
             return found
         if self.device_bytes > cluster.device_memory:
             found.append(f"needs {gib(self.device_bytes)} of a device's {gib(cluster.device_memory)}")
@@ -250,7 +251,9 @@ def make_plan(subject: Subject, wishes: Wishes | None = None, rates: Rates | Non
 def shapes_for(subject: Subject, wishes: Wishes) -> Shapes:
     """The shapes of a micro-batch on the rank that gets most rows."""
     even = shapes_of(subject, masked=wishes.masked)
-    return shapes_of(subject, masked=wishes.masked, arrived=even.arrived * wishes.imbalance)
+    # Without expert parallelism every rank computes its own rows.
+    imbalance = wishes.imbalance if subject.ep_size > 1 else 1.0
+    return shapes_of(subject, masked=wishes.masked, arrived=even.arrived * imbalance)
 
 
 def gib(size: float) -> str:

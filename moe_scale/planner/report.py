@@ -59,7 +59,9 @@ def conclusions(plan: Plan) -> list[str]:
     budget, cluster = plan.record()["budget"], plan.subject.cluster
     cost = "" if budget["cost"] is None else f", cost {budget['cost']:,.0f}"
     verdict = "it fits" if plan.fits else "IT DOES NOT FIT: " + "; ".join(plan.problems)
+    flops = plan.flops_per_token
     return [
+        f"compute: {flops:.4g} FLOPs a token in training; logits and loss take {gib(plan.activations.head)}",
         f"memory: {gib(plan.device_bytes)} of {gib(cluster.device_memory)} a device; {verdict}",
         f"speed: {plan.step_s:.3f} s a step, {plan.tokens_per_s:,.0f} tokens/s, MFU {percent(plan.mfu)}, bound by "
         f"{BOUNDS[plan.bound]}; rates {plan.rates.source}",
@@ -127,8 +129,9 @@ def show_search(outcomes: Sequence[Outcome], console: Console | None = None) -> 
         assert plan is not None
         speed = f"{plan.tokens_per_s:,.0f}"
         table.add_row(str(outcome.layout), speed, percent(plan.mfu), gib(plan.device_bytes), BOUNDS[plan.bound])
-    console.print(f"{len(fitting)} of {len(outcomes)} layouts fit; the fastest:")
-    console.print(table)
+    if fitting:
+        console.print(f"{len(fitting)} of {len(outcomes)} layouts fit; the fastest:")
+        console.print(table)
     failures = Table("layouts that fail", "why, as for", "")
     for kind in reasons(outcomes).values():
         failures.add_row(str(len(kind)), str(kind[0].layout), kind[0].why)

@@ -76,10 +76,15 @@ def candidates(subject: Subject) -> Iterator[Layout]:
 
 
 def search(recipe: Recipe, subject: Subject, wishes: Wishes, rates: Rates) -> list[Outcome]:
-    """Plan every candidate. The fitting ones come first, the fastest of them before the others."""
+    """Plan every candidate. The fitting ones come first, the fastest of them before the others, then the smaller."""
     parameters: dict[int, tuple[Parameter, ...]] = {subject.ep_size: subject.parameters}
     outcomes = [_try(recipe, subject, layout, wishes, rates, parameters) for layout in candidates(subject)]
-    return sorted(outcomes, key=lambda o: (bool(o.why), -o.plan.tokens_per_s if o.plan else 0.0))
+    return sorted(outcomes, key=_order)
+
+
+def _order(outcome: Outcome) -> tuple[bool, float, float]:
+    plan = outcome.plan
+    return bool(outcome.why), -plan.tokens_per_s if plan else 0.0, plan.device_bytes if plan else 0.0
 
 
 def reasons(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:

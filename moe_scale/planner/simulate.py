@@ -17,9 +17,11 @@ import numpy as np
 
 from moe_scale.errors import ConfigError, Problem
 from moe_scale.models.decoder import is_sparse
+from moe_scale.moe.layer import rows_per_expert
 from moe_scale.planner.memory import flat_numel, groups
 from moe_scale.planner.model import Subject
 from moe_scale.planner.plan import Plan
+from moe_scale.planner.timing import Rates, link_seconds
 from moe_scale.planner.traffic import expected_rows
 
 MOST_RANKS = 16_384
@@ -82,20 +84,64 @@ def measured_shares(path: Path, num_experts: int, layers: int) -> Array:
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or "not a file of JSON lines"
         raise ConfigError(Problem("--routing", f"{path}: {why}", "name the metrics.jsonl of a run")) from None
-    found = [record["router/tokens_per_expert"] for record in records if "router/tokens_per_expert" in record]
+    name = "router/tokens_per_expert"
+    found = [record[name] for record in records if isinstance(record, dict) and name in record]
     if not found:
-        raise ConfigError(Problem("--routing", f"{path} has no router/tokens_per_expert", "name one of a sparse run"))
-    counts = np.asarray(found[-1], dtype=np.float64)
-    if counts.ndim != 2 or counts.shape[1] != num_experts or not counts.sum(axis=1).all():
-        what = f"{path} is of {counts.shape[-1]} experts, the plan of {num_experts}"
+        raise ConfigError(Problem("--routing", f"{path} has no {name}", "name one of a sparse run"))
+    try:
+        counts = np.asarray(found[-1], dtype=np.float64)
+    except (ValueError, TypeError):
+        counts = np.empty(0)
+    if counts.ndim != 2 or not counts.size or not np.isfinite(counts).all() or (counts < 0).any():
+        what = f"{path}: its last {name} is no table of counts, one row a layer"
+        raise ConfigError(Problem("--routing", what, "name the metrics.jsonl of a run"))
+    if counts.shape[1] != num_experts:
+        what = f"{path} is of {counts.shape[1]} experts, the plan of {num_experts}"
         raise ConfigError(Problem("--routing", what, "plan with the run's moe.num_experts"))
+    if not counts.sum(axis=1).all():
+        raise ConfigError(Problem("--routing", f"{path}: a layer has no tokens", "name the metrics.jsonl of a run"))
     shares = counts / counts.sum(axis=1, keepdims=True)
     return shares[np.arange(layers) % len(shares)]
 
 
-def draw_counts(shares_E: Array, rows: int, world_size: int, rng: np.random.Generator) -> Array:
-    """Rows that each rank has for each expert [W, E]: every row chooses by the shares."""
-    return rng.multinomial(rows, shares_E, size=world_size)
+def capped_shares(shares_E: Array, top_k: int) -> Array:
+    """The shares with none above 1/K, as no token chooses an expert twice; the others get what is cut off."""
+    shares = np.asarray(shares_E, dtype=np.float64)
+    full = np.zeros(len(shares), dtype=bool)
+    while (over := (shares > 1 / top_k) & ~full).any():
+        full |= over
+        left, open_E = 1 - full.sum() / top_k, shares * ~full
+        if not open_E.sum():
+            open_E = (~full).astype(np.float64)
+        shares = np.where(full, 1 / top_k, left * open_E / open_E.sum() if open_E.sum() else 0.0)
+    return shares
+
+
+def draw_counts(shares_E: Array, tokens: int, top_k: int, world_size: int, rng: np.random.Generator) -> Array:
+    """Rows that each rank has for each expert [W, E]: K choices a token by the capped shares, none above T rows.
+
+    What chance gives an expert beyond a rank's T tokens is drawn again among the experts with room.
+    """
+    shares_E = capped_shares(shares_E, top_k)
+    counts_WE = rng.multinomial(tokens * top_k, shares_E, size=world_size)
+    while (over_W := np.maximum(counts_WE - tokens, 0).sum(axis=1)).any():
+        counts_WE = np.minimum(counts_WE, tokens)
+        chosen = over_W > 0
+        room_E = tokens - counts_WE[chosen]
+        weights = room_E * shares_E
+        weights = np.where(weights.sum(axis=1, keepdims=True) > 0, weights, room_E)
+        counts_WE[chosen] += rng.multinomial(over_W[chosen], weights / weights.sum(axis=1, keepdims=True))
+    return counts_WE
+
+
+def routed_counts(subject: Subject, shares_E: Array, rng: np.random.Generator) -> Array:
+    """Rows that each rank sends to each expert [W, E]: drawn ones up to the capacity; with expert choice even ones."""
+    moe, world = subject.config.moe, subject.world_size
+    most = rows_per_expert(moe, subject.tokens, training=True)
+    if moe.router == "expert_choice":
+        return np.full((world, moe.num_experts), most or 0)
+    counts_WE = draw_counts(shares_E, subject.tokens, moe.top_k, world, rng)
+    return counts_WE if most is None else np.minimum(counts_WE, most)
 
 
 @dataclass(frozen=True)
@@ -124,13 +170,10 @@ def plan_all_to_all(counts_WE: Array, ep_size: int) -> AllToAllPlan:
     return AllToAllPlan(sent_WP, received_WP)
 
 
-def all_to_all_seconds(plan: AllToAllPlan, subject: Subject, link: float) -> Array:
+def all_to_all_seconds(plan: AllToAllPlan, subject: Subject, rates: Rates) -> Array:
     """Time of one trip of the rows for each expert group [W/P]: that of its slowest rank (alpha-beta model).
 
     A rank sends and receives at once, and what goes inside the node and to other nodes goes at once too.
-
-    Args:
-        link: share of the links' bandwidth that is reached.
     """
     cluster, ep_size = subject.cluster, subject.ep_size
     if ep_size == 1:
@@ -142,17 +185,14 @@ def all_to_all_seconds(plan: AllToAllPlan, subject: Subject, link: float) -> Arr
     others_WP = members != ranks[:, None]
     row_bytes = subject.config.model.d_model * subject.bytes_per_value
 
-    def busiest(chosen_WP: Array, bandwidth: float) -> Array:
+    def busiest(chosen_WP: Array) -> Array:
         sent = (plan.sent_WP * chosen_WP).sum(axis=1)
         received = (plan.received_WP * chosen_WP).sum(axis=1)
-        return np.maximum(sent, received) * row_bytes / (bandwidth * link)
+        return np.maximum(sent, received) * row_bytes
 
-    crossing = (~here_WP).any(axis=1)
-    latency = np.where(crossing, cluster.inter_latency, cluster.intra_latency)
-    seconds = np.maximum(
-        busiest(here_WP & others_WP, cluster.intra_bandwidth), busiest(~here_WP, cluster.inter_bandwidth)
-    )
-    return (seconds + latency).reshape(-1, ep_size).max(axis=1)
+    intra, inter = busiest(here_WP & others_WP), busiest(~here_WP)
+    seconds = link_seconds(cluster, rates, intra, inter, ranks=ep_size, calls=1, crosses=bool((~here_WP).any()))
+    return np.asarray(seconds).reshape(-1, ep_size).max(axis=1)
 
 
 @dataclass(frozen=True)
@@ -181,7 +221,7 @@ class Simulation:
     all_to_all_s: float
 
     def record(self) -> dict[str, Any]:
-        """Everything as plain values; the groups by their rule and first members, as there are thousands."""
+        """Everything as plain values, every group with all its members."""
         subject = self.subject
         expert, expert_data = group_members(subject.world_size, subject.ep_size)
         return {
@@ -207,7 +247,8 @@ def simulate(plan: Plan, shares_ME: Array | None, *, spread: float, seed: int) -
 
     Args:
         shares_ME: of the experts, by sparse layer; None for a dense model.
-        spread: standard deviation of the logarithm of the ranks' slowdowns; the fastest are not below 1.
+        spread: the logarithm of a rank's slowdown is the size of a normal number of this standard deviation, so that no
+            rank is faster than the plan's.
     """
     subject = plan.subject
     world = subject.world_size
@@ -223,9 +264,9 @@ def simulate(plan: Plan, shares_ME: Array | None, *, spread: float, seed: int) -
     sparse = sum(is_sparse(moe, layer) for layer in range(model.num_layers))
     if shares_ME is not None and sparse:
         drawn = max(1, min(sparse, DRAWN // (world * moe.num_experts)))
-        rows = round(expected_rows(subject))
+        rows = expected_rows(subject)
         for shares_E in shares_ME[np.linspace(0, len(shares_ME) - 1, drawn).astype(int)]:
-            counts_WE = draw_counts(shares_E, rows, world, rng)
+            counts_WE = routed_counts(subject, shares_E, rng)
             exchange = plan_all_to_all(counts_WE, subject.ep_size)
             arrived = exchange.arrived
             load = counts_WE.sum(axis=0)
@@ -233,7 +274,7 @@ def simulate(plan: Plan, shares_ME: Array | None, *, spread: float, seed: int) -
             rank_load.append(arrived.max() / arrived.mean())
             experts_max.append(arrived.max() / rows)
             both_max.append((arrived * slowdowns).max() / rows)
-            trips.append(all_to_all_seconds(exchange, subject, plan.rates.link).max())
+            trips.append(all_to_all_seconds(exchange, subject, plan.rates).max())
         passes = 3 if not model.activation_checkpointing else 4
         trips_a_step = sparse * subject.plan.grad_accum * (passes + (1 if passes == 3 else 2))
         drawn_all_to_all = float(np.mean(trips)) * trips_a_step if subject.ep_size > 1 else 0.0

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from moe_scale.errors import ConfigError, Problem
 from moe_scale.models.decoder import dense_hidden, is_sparse
@@ -49,6 +51,7 @@ class Rates:
             ``update``: seconds an element of what ZeRO does for a micro-batch and for a step, the optimizer included;
             and where several ranks were measured, ``link_bandwidth`` and ``link_latency``, and then ``micro`` and
             ``update`` have ZeRO's communication in them. Empty without a calibration.
+        measured_for: device, precision, ZeRO stage, offload, micro-batch, sequence and ranks of the calibration.
         source: where the rates come from.
     """
 
@@ -57,6 +60,7 @@ class Rates:
     link: float = ASSUMED_LINK
     hidden: float = ASSUMED_HIDDEN
     measured: Mapping[str, float] = field(default_factory=dict)
+    measured_for: Mapping[str, Any] = field(default_factory=dict)
     source: str = "assumed"
 
 
@@ -93,7 +97,37 @@ def read_rates(path: str) -> Rates:
     if missing or any(not value > 0 for value in rates.values()):
         what = f"{path} lacks a positive {', '.join(missing) or 'rate'}"
         raise ConfigError(Problem("--calibration", what, "moe-scale bench --calibrate makes one"))
-    return Rates(measured=rates, source=f"measured: {found.get('device', 'unknown device')}, {path}")
+    measured_for, source = found.get("layout"), f"measured: {found.get('device', 'unknown device')}, {path}"
+    return Rates(measured=rates, measured_for=measured_for if isinstance(measured_for, dict) else {}, source=source)
+
+
+def layout_of(subject: Subject) -> dict[str, Any]:
+    """What measured rates hold for."""
+    return {
+        "device": "CPU" if subject.cluster.is_cpu else subject.cluster.device_name,
+        "precision": subject.plan.precision,
+        "zero_stage": subject.plan.stage,
+        "offload_optimizer": subject.offloads("optimizer"),
+        "micro_batch": subject.plan.micro_batch,
+        "seq_len": subject.config.data.seq_len,
+        "ranks": subject.world_size,
+    }
+
+
+def calibration_problems(subject: Subject, rates: Rates) -> list[Problem]:
+    """In what a calibration differs from the run that is planned; its ranks count where what they send was measured."""
+    if not rates.measured:
+        return []
+    planned = layout_of(subject)
+    if "link_bandwidth" not in rates.measured:
+        del planned["ranks"]
+    return [
+        Problem(
+            "--calibration", f"measured with {name} {rates.measured_for.get(name)}, planned {value}", "calibrate anew"
+        )
+        for name, value in planned.items()
+        if rates.measured_for.get(name) != value
+    ]
 
 
 def step_parts(subject: Subject, shapes: Shapes, flows: list[Flow], rates: Rates) -> list[Part]:
@@ -101,7 +135,7 @@ def step_parts(subject: Subject, shapes: Shapes, flows: list[Flow], rates: Rates
     compute = _measured_blocks(subject, shapes, rates) if rates.measured else _assumed_parts(subject, shapes, rates)
     update = _update(subject, rates)
     behind = rates.hidden * sum(part.seconds for part in compute)
-    return [*compute, *_communication(subject, flows, behind, rates), *update]
+    return [*compute, *_communication(subject, shapes, flows, behind, rates), *update]
 
 
 def flops(subject: Subject, s: Shapes) -> dict[str, float]:
@@ -209,23 +243,45 @@ def flow_seconds(subject: Subject, flow: Flow, rates: Rates) -> tuple[float, str
     """Time of a flow alone (alpha-beta model), and the link that bounds it."""
     cluster: Cluster = subject.cluster
     link, ranks = on_links(subject, flow), group_size(subject, flow.group)
+    seconds = link_seconds(
+        cluster, rates, link.intra, link.inter, ranks=ranks, calls=flow.calls, crosses=link.inter > 0
+    )
     if "link_bandwidth" in rates.measured:
-        seconds = (link.intra + link.inter) / rates.measured["link_bandwidth"]
-        return seconds + flow.calls * rates.measured.get("link_latency", 0.0), "intra"
-    intra = link.intra / (cluster.intra_bandwidth * rates.link)
-    inter = link.inter / (cluster.inter_bandwidth * rates.link)
+        return float(seconds), "intra"
+    return float(
+        seconds
+    ), "inter" if link.inter / cluster.inter_bandwidth > link.intra / cluster.intra_bandwidth else "intra"
+
+
+def link_seconds(
+    cluster: Cluster, rates: Rates, intra: Any, inter: Any, *, ranks: int, calls: int, crosses: bool
+) -> Any:
+    """Time of bytes that a rank sends inside its node and to others, at once; of numbers or arrays of them.
+
+    Args:
+        intra, inter: bytes.
+        ranks: of the group.
+        calls: how often it is called.
+        crosses: whether the group spans nodes.
+    """
+    if "link_bandwidth" in rates.measured:
+        seconds = (intra + inter) / rates.measured["link_bandwidth"]
+        return seconds + calls * rates.measured.get("link_latency", 0.0)
     # Rings and trees pipeline; the latency that counts grows with the logarithm of the ranks.
-    latency = (cluster.inter_latency if link.inter else cluster.intra_latency) * max(1, (ranks - 1).bit_length())
-    return max(intra, inter) + flow.calls * latency, "inter" if inter > intra else "intra"
+    latency = (cluster.inter_latency if crosses else cluster.intra_latency) * max(1, (ranks - 1).bit_length())
+    slower = np.maximum(intra / (cluster.intra_bandwidth * rates.link), inter / (cluster.inter_bandwidth * rates.link))
+    return slower + calls * latency
 
 
-def _communication(subject: Subject, flows: list[Flow], behind: float, rates: Rates) -> list[Part]:
+def _communication(subject: Subject, s: Shapes, flows: list[Flow], behind: float, rates: Rates) -> list[Part]:
     overlaps = bool(subject.zero.get("overlap_comm", subject.plan.stage == 3)) and not subject.cluster.is_cpu
     parts = []
     if "link_bandwidth" in rates.measured:  # ZeRO's own communication was measured with its work
         flows = [flow for flow in flows if flow.collective == "all_to_all"]
     for flow in flows:
-        busy, link = flow_seconds(subject, flow, rates)
+        # An exchange is over when the fullest rank has its rows.
+        uneven = s.arrived / s.rows if flow.purpose.startswith("tokens") else 1.0
+        busy, link = flow_seconds(subject, replace(flow, payload=flow.payload * uneven), rates)
         can_hide = overlaps and flow.collective != "all_to_all" and "after the update" not in flow.purpose
         hidden = min(busy, behind) if can_hide else 0.0
         behind -= hidden

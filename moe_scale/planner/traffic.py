@@ -7,8 +7,10 @@ ranks agree on (gradient norms, flags) are left out.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from moe_scale.models.decoder import is_sparse
 from moe_scale.moe.layer import rows_per_expert
@@ -177,25 +179,38 @@ def all_to_all_payload(subject: Subject, counts_RE: Sequence[Sequence[float]], r
 
 @dataclass(frozen=True)
 class Link:
-    """Bytes of a flow that one rank sends inside its node and to other nodes."""
+    """Bytes of a flow that one rank sends inside its node and to other nodes, each of the rank that sends most."""
 
     intra: float
     inter: float
 
 
+@lru_cache
+def neighbours(world_size: int, devices_per_node: int, ep_size: int, group: str) -> tuple[int, int]:
+    """Fewest and most members that a group has on a node it reaches, over all groups of that kind.
+
+    They differ where groups straddle nodes, as 6 neighbouring ranks do on nodes of 8.
+    """
+    number = {
+        "world": lambda rank: 0,
+        "expert": lambda rank: rank // ep_size,
+        "expert-data": lambda rank: rank % ep_size,
+    }[group]
+    here = Counter((number(rank), rank // devices_per_node) for rank in range(world_size)).values()
+    return min(here), max(here)
+
+
 def on_links(subject: Subject, flow: Flow) -> Link:
     """What of a flow's payload one rank sends over which link.
 
-    All-gather and reduce-scatter move all shards but one's own past every rank; what comes from other nodes enters a
-    node once and is shared out over its devices' adapters, as rings over several adapters do. An all-reduce is both.
-    An all-to-all sends to each rank what is for it.
+    All-gather and reduce-scatter run in rings: every link of a ring of R ranks carries (R-1)/R of the payload, the one
+    into a node as well. There are as many rings as the group has members on a node, each over an adapter of its own
+    with its part of the payload; the node with the fewest members has the fewest adapters. An all-reduce is both. An
+    all-to-all sends to each rank what is for it.
     """
     cluster, ranks = subject.cluster, group_size(subject, flow.group)
-    stride = subject.ep_size if flow.group == "expert-data" else 1
-    here = max(1, min(ranks, cluster.devices_per_node // stride))
-    nodes = max(1, ranks // here)
+    fewest, most = neighbours(cluster.world_size, cluster.devices_per_node, subject.ep_size, flow.group)
     if flow.collective == "all_to_all":
-        return Link(flow.payload * (here - 1) / ranks, flow.payload * (ranks - here) / ranks)
-    twice = 2 if flow.collective == "all_reduce" else 1
-    intra = twice * flow.payload * (ranks - 1) / ranks if here > 1 else 0.0
-    return Link(intra, twice * flow.payload * (nodes - 1) / nodes / here)
+        return Link(flow.payload * (most - 1) / ranks, flow.payload * (ranks - fewest) / ranks)
+    carried = (2 if flow.collective == "all_reduce" else 1) * flow.payload * (ranks - 1) / ranks
+    return Link(carried if most > 1 else 0.0, carried / fewest if fewest < ranks else 0.0)

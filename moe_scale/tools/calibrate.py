@@ -36,9 +36,10 @@ from moe_scale.parallel.groups import ParallelGroups
 from moe_scale.planner.cluster import Cluster
 from moe_scale.planner.model import Subject, read_subject
 from moe_scale.planner.plan import Wishes, shapes_for
-from moe_scale.planner.timing import flops, stepped_elements
+from moe_scale.planner.timing import flops, layout_of, stepped_elements
 from moe_scale.telemetry.provenance import package_versions, source_state
 from moe_scale.tools.compare import load_recipe
+from moe_scale.tools.plan import cannot_be_written
 from moe_scale.train.engine import build_engine
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -55,6 +56,8 @@ def calibrate(arguments: argparse.Namespace, recipe_argv: list[str]) -> dict[str
         problems.append(Problem("--output_dir", "not given with --calibrate", "name a folder for calibration.json"))
     elif path.exists():
         problems.append(Problem("--output_dir", f"{folder} holds a calibration already", "name a new folder"))
+    elif why := cannot_be_written(folder):
+        problems.append(Problem("--output_dir", f"{folder} cannot be written: {why}", "name another folder"))
     raise_if(problems)
     launch, device = launches.detect(), devices.detect()
     subject = this_machine(Path(arguments.calibrate), recipe_argv)
@@ -69,6 +72,7 @@ def calibrate(arguments: argparse.Namespace, recipe_argv: list[str]) -> dict[str
     record = {
         "rates": rates,
         "device": device.name,
+        "layout": layout_of(subject),
         "ranks": launch.world_size,
         "threads": torch.get_num_threads(),
         "precision": subject.plan.precision,

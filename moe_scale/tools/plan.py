@@ -13,14 +13,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from moe_scale.errors import Problem, raise_if
+from moe_scale.errors import ConfigError, Problem, raise_if
 from moe_scale.planner.cluster import GB, PRESETS, Cluster, preset
-from moe_scale.planner.model import read_subject
+from moe_scale.planner.model import Subject, read_subject
 from moe_scale.planner.plan import DISK_RATE, Plan, Wishes, make_plan
 from moe_scale.planner.report import show, show_search, show_simulation
 from moe_scale.planner.search import Layout, flags, search
 from moe_scale.planner.simulate import MOST_RANKS, Simulation, simulate_plan
-from moe_scale.planner.timing import Rates, read_rates
+from moe_scale.planner.timing import Rates, calibration_problems, read_rates
 from moe_scale.telemetry.provenance import package_versions, source_state
 from moe_scale.tools.arguments import not_negative, not_negative_number, positive, positive_number
 from moe_scale.tools.compare import load_recipe
@@ -38,6 +38,8 @@ FIGURES = {
     "peak_tflops": ("peak", 1e12, "dense peak of a device in the run's precision, TFLOP/s"),
 }
 """Figures of a preset that a flag replaces: field, unit, help."""
+ZIPF, SPREAD = 0.3, 0.02
+"""What a simulation takes when it is not told."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +56,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--one_document", action="store_true", help="sequences lie inside one document: attention needs no mask"
     )
     parser.add_argument(
-        "--imbalance", type=positive_number, default=1.0, help="rows of the fullest rank over the mean [%(default)s]"
+        "--imbalance",
+        type=positive_number,
+        default=1.0,
+        help="rows of the fullest rank over the mean, with ep_size above 1 [%(default)s]",
     )
     parser.add_argument(
         "--disk_gbps", type=positive_number, default=DISK_RATE / GB, help="a rank writes a checkpoint at, GB/s [1]"
@@ -74,18 +79,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"draw routings and slow ranks for N ranks, up to {MOST_RANKS:,}, instead of --nodes",
     )
     parser.add_argument(
-        "--zipf", type=not_negative_number, default=0.3, help="experts' load: n-th ~ n^-s [%(default)s]"
+        "--zipf",
+        type=not_negative_number,
+        default=None,
+        help=f"with --simulate, experts' load: n-th ~ n^-s, none above 1/K [{ZIPF}]",
     )
     parser.add_argument(
-        "--routing", default="", help="a run's metrics.jsonl: the load that it measured, instead of Zipf's"
+        "--routing",
+        default="",
+        help="with --simulate, a run's metrics.jsonl: the load that it measured, instead of Zipf's",
     )
     parser.add_argument(
         "--straggler_spread",
         type=not_negative_number,
-        default=0.02,
-        help="standard deviation of the logarithm of the ranks' slowdowns [%(default)s]",
+        default=None,
+        help=f"with --simulate: a rank's slowdown is e^|x| with x normal of this deviation, up to 1 [{SPREAD}]",
     )
-    parser.add_argument("--simulation_seed", type=not_negative, default=0, help="of what is drawn [%(default)s]")
+    parser.add_argument(
+        "--simulation_seed", type=not_negative, default=None, help="with --simulate, of what is drawn [0]"
+    )
     parser.add_argument("--output_dir", default="", help="also write plan.json there")
 
 
@@ -96,20 +108,25 @@ def run(arguments: argparse.Namespace, recipe_argv: list[str]) -> dict[str, Any]
     recipe = load_recipe(Path(arguments.recipe))
     rates = read_rates(arguments.calibration) if arguments.calibration else Rates()
     wishes, subject = wishes_of(arguments), read_subject(recipe, recipe_argv, cluster)
+    raise_if([*_without_effect(arguments, subject), *calibration_problems(subject, rates)])
     found: dict[str, Any] = {}
     best = None
     if arguments.search:
         outcomes = search(recipe, subject, wishes, rates)
         show_search(outcomes)
         found["search"] = [outcome.record() for outcome in outcomes]
-        if not outcomes[0].why:
-            best = outcomes[0]
+        best = outcomes[0]
+        if best.why:
+            what = f"none of {len(outcomes)} layouts fits {cluster.nodes} x {cluster.devices_per_node} {cluster.name}"
+            raise ConfigError(Problem("--search", what, "plan more or larger devices; why each fails is said above"))
     plan = best.plan if best and best.plan else make_plan(subject, wishes, rates)
     simulation = _simulate(plan, arguments) if arguments.simulate else None
     show(plan)
     if best:
         found["command"] = command(plan, best.layout, arguments, recipe_argv)
         print(found["command"])
+        if cluster.nodes > 1 and not Path(hostfile(cluster)).exists():
+            print(f"note: there is no {hostfile(cluster)} here; write it first, one line a node")
     if simulation:
         show_simulation(simulation)
         found["simulation"] = simulation.record()
@@ -122,10 +139,10 @@ def run(arguments: argparse.Namespace, recipe_argv: list[str]) -> dict[str, Any]
 def _simulate(plan: Plan, arguments: argparse.Namespace) -> Simulation:
     return simulate_plan(
         plan,
-        zipf=arguments.zipf,
+        zipf=ZIPF if arguments.zipf is None else arguments.zipf,
         routing=arguments.routing,
-        spread=arguments.straggler_spread,
-        seed=arguments.simulation_seed,
+        spread=SPREAD if arguments.straggler_spread is None else arguments.straggler_spread,
+        seed=arguments.simulation_seed or 0,
     )
 
 
@@ -133,16 +150,22 @@ def command(plan: Plan, layout: Layout, arguments: argparse.Namespace, recipe_ar
     """The command that trains a layout which a search found; a hostfile of that name may have to be written first."""
     cluster = plan.subject.cluster
     if cluster.nodes > 1:
-        start = ["deepspeed", "--hostfile", f"hostfiles/{cluster.nodes}x{cluster.devices_per_node}"]
+        start = ["deepspeed", "--hostfile", hostfile(cluster)]
     else:
         start = ["deepspeed", "--num_accelerators" if cluster.is_cpu else "--num_gpus", str(cluster.devices_per_node)]
-    kept = without(recipe_argv, {"--deepspeed_override", "--scale", "--output_dir"})
+    layouts = {word for word in flags(layout) if word.startswith("--")}
+    kept = without(recipe_argv, {"--deepspeed_override", "--scale", "--output_dir", *layouts})
     sharding = ["--deepspeed_override", *plan.subject.config.deepspeed_override]
     if arguments.output_dir:  # where all of it is in one file
         kept = without(kept, {"--deepspeed_config"})
         sharding = ["--deepspeed_config", str(Path(arguments.output_dir) / "deepspeed.json")]
     words = [*start, arguments.recipe, "--scale", plan.subject.config.scale, *kept, *flags(layout), *sharding]
     return shlex.join(words)
+
+
+def hostfile(cluster: Cluster) -> str:
+    """The file that a command of several nodes names."""
+    return f"hostfiles/{cluster.nodes}x{cluster.devices_per_node}"
 
 
 def without(argv: list[str], names: set[str]) -> list[str]:
@@ -180,30 +203,37 @@ def wishes_of(arguments: argparse.Namespace) -> Wishes:
 def write(folder: Path, record: dict[str, Any], searched: bool) -> None:
     """``plan.json``, with what made it; of a search also the best layout's ``deepspeed.json`` and ``command.txt``."""
     made_by = {"versions": package_versions(), "source": source_state(Path(__file__).resolve().parents[1])[0]}
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "plan.json").write_text(json.dumps(record | made_by, indent=1) + "\n")
+    texts = {"plan.json": json.dumps(record | made_by, indent=1, allow_nan=False)}
     if searched:
-        (folder / "deepspeed.json").write_text(json.dumps(record["deepspeed"], indent=1) + "\n")
-        (folder / "command.txt").write_text(record["command"] + "\n")
-    print(f"wrote {', '.join(sorted(path.name for path in folder.iterdir()))} to {folder}")
+        texts["deepspeed.json"] = json.dumps(record["deepspeed"], indent=1, allow_nan=False)
+        texts["command.txt"] = record["command"]
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        (folder / name).write_text(text + "\n")
+    print(f"wrote {', '.join(texts)} to {folder}")
 
 
 def _problems(arguments: argparse.Namespace) -> list[Problem]:
     found = []
     if arguments.imbalance < 1:
         found.append(Problem("--imbalance", f"{arguments.imbalance}", "the fullest rank has at least the mean: from 1"))
-    if arguments.simulate:
-        found += _simulation_problems(arguments)
+    found += _simulation_problems(arguments) if arguments.simulate else _needs_simulation(arguments)
+    if arguments.search and arguments.calibration:
+        what = "with --calibration, whose rates hold for the one layout that was measured"
+        found.append(Problem("--search", what, "leave one of them out"))
     if arguments.output_dir:
         folder = Path(arguments.output_dir)
-        if (folder / "plan.json").exists():
-            found.append(Problem("--output_dir", f"{folder} holds a plan already", "name a new folder"))
-        elif why := _cannot_be_written(folder):
+        names = ["plan.json", *(["deepspeed.json", "command.txt"] if arguments.search else [])]
+        if held := [name for name in names if (folder / name).exists()]:
+            what = f"{folder} holds a plan already: {', '.join(held)}"
+            found.append(Problem("--output_dir", what, "name a new folder"))
+        elif why := cannot_be_written(folder):
             found.append(Problem("--output_dir", f"{folder} cannot be written: {why}", "name another folder"))
     return found
 
 
-def _cannot_be_written(folder: Path) -> str:
+def cannot_be_written(folder: Path) -> str:
+    """Why files cannot be made in a folder, which may be yet to be made; empty when they can."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     try:
         with tempfile.TemporaryFile(dir=existing):
@@ -212,8 +242,35 @@ def _cannot_be_written(folder: Path) -> str:
         return error.strerror or str(error)
 
 
+def _needs_simulation(arguments: argparse.Namespace) -> list[Problem]:
+    given = [n for n in ("zipf", "straggler_spread", "simulation_seed") if getattr(arguments, n) is not None]
+    given += ["routing"] if arguments.routing else []
+    return [Problem(f"--{name}", "without effect without --simulate", "give --simulate too") for name in given]
+
+
+def _without_effect(arguments: argparse.Namespace, subject: Subject) -> list[Problem]:
+    """Options that the run's own settings leave nothing to do."""
+    found = []
+    if arguments.imbalance != 1 and subject.ep_size == 1 and not arguments.search:
+        what = f"{arguments.imbalance} at ep_size 1, where every rank computes its own rows"
+        found.append(Problem("--imbalance", what, "leave it out, or set moe.ep_size"))
+    if not subject.config.moe.enabled:
+        given = ["zipf"] if arguments.zipf is not None else []
+        given += ["routing"] if arguments.routing else []
+        found += [Problem(f"--{name}", "without effect on a dense model", "leave it out") for name in given]
+    return found
+
+
 def _simulation_problems(arguments: argparse.Namespace) -> list[Problem]:
     ranks, found = arguments.simulate, []
+    if arguments.routing and arguments.zipf is not None:
+        found.append(Problem("--zipf", "with --routing, which says the load", "leave one of them out"))
+    if arguments.imbalance != 1:
+        what = "with --simulate, which draws the ranks' rows"
+        found.append(Problem("--imbalance", what, "leave one of them out"))
+    if (arguments.straggler_spread or 0) > 1:
+        what = f"{arguments.straggler_spread}: the slowest of many ranks would be some 60 times slower"
+        found.append(Problem("--straggler_spread", what, "choose 0 to 1"))
     if ranks > MOST_RANKS:
         found.append(Problem("--simulate", f"{ranks:,} ranks", f"choose at most {MOST_RANKS:,}"))
     if arguments.nodes != 1:

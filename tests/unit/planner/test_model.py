@@ -51,6 +51,10 @@ def test_the_widest_ep_size_is_chosen_as_in_a_run() -> None:
         (["--moe.ep_size", "8", "--deepspeed_override", "zero_optimization.stage=1"], "8 at ZeRO stage 1"),
         (["--moe.backend", "deepspeed"], "modelled for the custom backend alone"),
         (["--no_such_thing", "1"], "no such setting"),
+        (["--deepspeed_override", "zero_optimization.zero_hpz_partition_size=8"], "zero_hpz_partition_size: 8: its"),
+        (["--deepspeed_override", "zero_optimization.zero_quantized_weights=true"], "quantized_weights: True: its"),
+        (["--deepspeed_override", "zero_optimization.zero_quantized_gradients=true"], "zero_quantized_gradients"),
+        (["--deepspeed_override", 'zero_optimization.offload_param={"device": "cpu"}'], "offload_param: the time"),
     ],
 )
 def test_what_a_run_would_refuse_is_refused(settings: list[str], message: str) -> None:

@@ -24,6 +24,8 @@ def test_fitting_layouts_come_first_and_fastest_first() -> None:
     speeds = [o.plan.tokens_per_s for o in outcomes if not o.why and o.plan]
     assert len(speeds) > 50
     assert speeds == sorted(speeds, reverse=True)
+    ranked = [(-o.plan.tokens_per_s, o.plan.device_bytes) for o in outcomes if not o.why and o.plan]
+    assert ranked == sorted(ranked)  # of two as fast the smaller is first
 
 
 def test_a_layout_does_not_change_the_sequences_of_a_step() -> None:

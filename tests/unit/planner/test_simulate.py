@@ -8,18 +8,23 @@ import pytest
 import torch
 
 from moe_scale.errors import ConfigError
+from moe_scale.moe.layer import rows_per_expert
 from moe_scale.planner.cluster import preset
 from moe_scale.planner.plan import make_plan
 from moe_scale.planner.simulate import (
     all_to_all_seconds,
+    capped_shares,
     draw_counts,
     group_members,
     measured_shares,
     params_per_rank,
     plan_all_to_all,
+    routed_counts,
     simulate_plan,
     zipf_shares,
 )
+from moe_scale.planner.timing import Rates, flow_seconds
+from moe_scale.planner.traffic import Flow
 from tests.unit.planner.subjects import small
 
 
@@ -76,15 +81,60 @@ def test_an_all_to_all_takes_as_long_as_its_slowest_rank() -> None:
     counts_WE = np.zeros((8, 8), dtype=int)
     counts_WE[0, 4:] = 10  # rank 0 sends 40 rows to rank 1
     counts_WE[2, :4] = 99  # rows that stay
-    seconds = all_to_all_seconds(plan_all_to_all(counts_WE, 2), subject, link=1.0)
+    seconds = all_to_all_seconds(plan_all_to_all(counts_WE, 2), subject, Rates(link=1.0))
     assert seconds.tolist() == pytest.approx([0.5 + 40 * row / 1e6, 0.5, 0.5, 0.5])
+
+
+def test_a_trip_takes_what_the_plan_gives_it_at_measured_links_too() -> None:
+    """An even exchange among 16 ranks of two nodes, with the latency of four hops, or with one link for all."""
+    subject = small("--moe.ep_size", "16", "--moe.num_experts", "16", cluster=preset("H100", nodes=2))
+    row = subject.config.model.d_model * subject.bytes_per_value
+    even = plan_all_to_all(np.full((16, 16), 50), 16)
+    for rates in (Rates(), Rates(measured={"link_bandwidth": 1e9, "link_latency": 1e-3})):
+        planned, _ = flow_seconds(subject, Flow("all_to_all", "expert", "tokens", 16 * 50 * row, 1), rates)
+        assert all_to_all_seconds(even, subject, rates).tolist() == pytest.approx([planned])
 
 
 def test_what_is_drawn_has_the_asked_shares_and_rows() -> None:
     shares = zipf_shares(8, 1.0, 1, 0)[0]
-    counts = draw_counts(shares, 10_000, 4, np.random.default_rng(0))
+    counts = draw_counts(shares, 5_000, 2, 4, np.random.default_rng(0))
     assert (counts.sum(axis=1) == 10_000).all()
     assert np.allclose(counts.sum(axis=0) / 40_000, shares, atol=0.02)
+
+
+def test_no_token_chooses_an_expert_twice() -> None:
+    """So an expert gets at most T rows of a rank: E/K times the mean."""
+    shares = zipf_shares(8, 3.0, 1, 0)[0]
+    assert shares.max() > 0.8
+    capped = capped_shares(shares, 4)
+    assert capped.max() == pytest.approx(1 / 4)
+    assert capped.sum() == pytest.approx(1)
+    assert capped_shares(np.array([1.0, 0, 0, 0]), 2).tolist() == pytest.approx([1 / 2, 1 / 6, 1 / 6, 1 / 6])
+    assert capped_shares(shares, 1).tolist() == shares.tolist()
+    counts = draw_counts(shares, 50, 4, 16, np.random.default_rng(0))
+    assert counts.max() == 50
+    assert (counts.sum(axis=1) == 200).all()
+    assert run(small("--moe.top_k", "4"), zipf=3.0).expert_load.max() <= 8 / 4
+
+
+def test_capacity_and_the_experts_own_choice_limit_what_is_sent() -> None:
+    capacity = ("--moe.dispatch", "capacity", "--moe.capacity_factor", "1.0")
+    subject, rng = small(*capacity), np.random.default_rng(0)
+    shares = zipf_shares(8, 2.0, 1, 0)[0]
+    assert routed_counts(subject, shares, rng).max() == rows_per_expert(
+        subject.config.moe, subject.tokens, training=True
+    )
+    choice = run(small(*capacity, "--moe.router", "expert_choice"), zipf=2.0, spread=0.0)
+    assert choice.expert_load.tolist() == [1.0, 1.0]
+    assert choice.uneven_s == pytest.approx(choice.even_s)
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_an_even_load_drawn_takes_about_as_long_as_planned(nodes: int) -> None:
+    cluster = preset("H100", nodes=nodes)
+    settings = ("--moe.ep_size", str(8 * nodes), "--moe.num_experts", "16", "--data.seq_len", "8192")
+    found = run(small(*settings, cluster=cluster), zipf=0.0, spread=0.0)
+    assert found.even_s <= found.uneven_s < 1.05 * found.even_s
 
 
 def test_uneven_loads_and_slow_ranks_cost_time_and_seeds_repeat() -> None:
@@ -133,3 +183,22 @@ def test_measured_routing_is_that_of_the_last_logged_step(tmp_path: Path) -> Non
         measured_shares(file, 4, 3)
     with pytest.raises(ConfigError, match="No such file"):
         measured_shares(tmp_path / "nothing", 4, 3)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "5",
+        '{"router/tokens_per_expert": [[1, 2], [3]]}',
+        '{"router/tokens_per_expert": [[1, 2, 3, -4]]}',
+        '{"router/tokens_per_expert": [[1, 2, 3, NaN]]}',
+        '{"router/tokens_per_expert": [["a", 2, 3, 4]]}',
+        '{"router/tokens_per_expert": 7}',
+        '{"router/tokens_per_expert": [[0, 0, 0, 0]]}',
+    ],
+)
+def test_what_is_no_routing_is_one_message(tmp_path: Path, line: str) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_text(line + "\n")
+    with pytest.raises(ConfigError, match=r"no table of counts|has no router|has no tokens"):
+        measured_shares(file, 4, 3)

@@ -9,11 +9,12 @@ from moe_scale.errors import ConfigError
 from moe_scale.models.counts import training_flops_per_token
 from moe_scale.planner.cluster import preset
 from moe_scale.planner.plan import Plan, Wishes, make_plan, shapes_for
-from moe_scale.planner.timing import Rates, flops, read_rates
-from moe_scale.planner.traffic import Flow, on_links, step_traffic
+from moe_scale.planner.timing import Rates, calibration_problems, flops, layout_of, read_rates
+from moe_scale.planner.traffic import Flow, neighbours, on_links, step_traffic
 from tests.unit.planner.subjects import small
 
 WISHES = Wishes(masked=False)
+SLOW = preset("CPU", devices_per_node=2, intra_bandwidth=1e6)
 RATES = {"attention": 1e11, "sparse": 2e11, "head": 4e11, "micro": 2e-9, "update": 1e-9}
 
 
@@ -65,8 +66,13 @@ def test_slower_links_and_more_nodes_cost_time() -> None:
 
 def test_an_uneven_load_makes_experts_slower() -> None:
     even, uneven = (
-        {p.name: p.seconds for p in plan(cluster=preset("CPU"), wishes=Wishes(imbalance=x)).parts} for x in (1.0, 3.0)
+        {p.name: p.seconds for p in plan("--moe.ep_size", "2", cluster=SLOW, wishes=Wishes(imbalance=x)).parts}
+        for x in (1.0, 3.0)
     )
+    tokens = "all_to_all: tokens, forward (expert)"
+    assert uneven[tokens] == pytest.approx(3 * even[tokens], rel=0.01)
+    alone = [plan(cluster=SLOW, wishes=Wishes(imbalance=x)).step_s for x in (1.0, 3.0)]
+    assert alone[0] == alone[1]
     assert uneven["experts"] == pytest.approx(3 * even["experts"])
     assert uneven["head"] == even["head"]
 
@@ -102,18 +108,33 @@ def test_what_crosses_nodes_is_what_the_group_spans() -> None:
     assert (spread.intra, spread.inter) == (300.0, 400.0)
     gather = on_links(subject, Flow("all_gather", "world", "", 1600.0, 1))
     assert gather.intra == 1500.0
-    assert gather.inter == 100.0  # the other node's half, by eight adapters
+    assert gather.inter == 1500 / 8  # a link of each of eight rings
     experts = on_links(subject, Flow("all_gather", "expert-data", "", 400.0, 1))
-    assert experts.inter == 100.0  # two of its four ranks are here
+    assert experts.inter == 150.0  # two of its four ranks are here: two rings
     both = on_links(subject, Flow("all_reduce", "world", "", 1600.0, 1))
     assert (both.intra, both.inter) == (2 * gather.intra, 2 * gather.inter)
 
 
+def test_a_group_that_straddles_nodes_waits_for_its_worst_member() -> None:
+    """Six neighbours on nodes of eight: ranks 6 and 7 have four of their group elsewhere."""
+    settings = ("--moe.num_experts", "6", "--moe.ep_size", "6")
+    subject = small(*settings, cluster=preset("H100", nodes=3))
+    sent = on_links(subject, Flow("all_to_all", "expert", "", 600.0, 1))
+    assert (sent.intra, sent.inter) == (500.0, 400.0)
+    assert neighbours(24, 8, 6, "expert") == (2, 6)
+    assert neighbours(24, 8, 6, "expert-data") == (1, 2)
+    assert neighbours(24, 8, 6, "world") == (8, 8)
+    ring = on_links(subject, Flow("all_gather", "expert-data", "", 400.0, 1))
+    assert (ring.intra, ring.inter) == (300.0, 300.0)
+
+
 def test_measured_rates_replace_the_assumed_ones(tmp_path: Path) -> None:
     file = tmp_path / "calibration.json"
-    file.write_text(json.dumps({"rates": RATES, "device": "a CPU"}))
+    layout = layout_of(small(cluster=preset("CPU")))
+    file.write_text(json.dumps({"rates": RATES, "device": "a CPU", "layout": layout}))
     rates = read_rates(str(file))
     assert "a CPU" in rates.source
+    assert calibration_problems(small(cluster=preset("CPU")), rates) == []
     found = plan(cluster=preset("CPU"), rates=rates)
     seconds = {part.name: part.seconds for part in found.parts}
     count = flops(found.subject, shapes_for(found.subject, WISHES))
@@ -148,3 +169,28 @@ def test_a_calibration_of_other_blocks_is_refused() -> None:
     rates = Rates(measured={"attention": 1e11, "dense": 1e11, "head": 1e11, "micro": 1e-9, "update": 1e-9})
     with pytest.raises(ConfigError, match="no rate of sparse blocks"):
         plan(rates=rates)
+
+
+@pytest.mark.parametrize(
+    ("ds", "settings", "cluster", "differs"),
+    [
+        (["zero_optimization.stage=1"], [], "CPU", "zero_stage 3, planned 1"),
+        (["bf16.enabled=false"], [], "CPU", "precision bf16, planned fp32"),
+        (['zero_optimization.offload_optimizer={"device":"cpu"}'], [], "CPU", "offload_optimizer False, planned True"),
+        (["train_micro_batch_size_per_gpu=1"], [], "CPU", "micro_batch 8, planned 1"),
+        ([], ["--data.seq_len", "64"], "CPU", "seq_len 32, planned 64"),
+        ([], [], "H100", "device CPU, planned NVIDIA H100"),
+    ],
+)
+def test_a_calibration_of_another_layout_is_refused(ds, settings, cluster: str, differs: str) -> None:
+    rates = Rates(measured=RATES, measured_for=layout_of(small(cluster=preset("CPU"))))
+    subject = small(*settings, ds=ds, cluster=preset(cluster, devices_per_node=1))
+    assert differs in "; ".join(map(str, calibration_problems(subject, rates)))
+
+
+def test_ranks_of_a_calibration_count_where_their_links_were_measured() -> None:
+    measured_for = layout_of(small(cluster=preset("CPU", devices_per_node=2)))
+    one, linked = (Rates(measured=m, measured_for=measured_for) for m in (RATES, RATES | {"link_bandwidth": 1e9}))
+    four = small(cluster=preset("CPU", devices_per_node=4))
+    assert calibration_problems(four, one) == []
+    assert "ranks 2, planned 4" in "; ".join(map(str, calibration_problems(four, linked)))

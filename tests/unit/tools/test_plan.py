@@ -26,7 +26,16 @@ def plan(*arguments: str) -> None:
 def test_a_plan_is_printed_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan("--cluster", "H100", "--tokens", "1e9", "--price", "2", "--output_dir", str(tmp_path / "plan"))
     printed = capsys.readouterr().out
-    for words in ("parameters", "moments", "all_gather", "optimizer", "it fits", "device-hours, cost"):
+    for words in (
+        "parameters",
+        "FLOPs a token",
+        "logits and loss",
+        "moments",
+        "all_gather",
+        "optimizer",
+        "it fits",
+        "device-hours, cost",
+    ):
         assert words in printed
     record = json.loads((tmp_path / "plan" / "plan.json").read_text())
     assert record["layout"]["ranks"] == 8
@@ -42,7 +51,10 @@ def test_the_found_layout_is_a_command_that_passes_every_check(
     plan("--cluster", "H100", "--nodes", "2", "--search", "--output_dir", str(folder))
     record = json.loads((folder / "plan.json").read_text())
     command = (folder / "command.txt").read_text().strip()
-    assert command in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert command in printed
+    assert "note: there is no" not in printed  # that hostfile is one of the repository's
+    assert command.count("--moe.ep_size") == command.count("--model.activation_checkpointing") == 1
     assert command.startswith(f"deepspeed --hostfile hostfiles/2x8 {RECIPE_FILE} --scale multinode ")
     best = record["search"][0]
     assert best["tokens_per_s"] == record["time"]["tokens_per_s"]
@@ -63,12 +75,35 @@ def test_the_found_layout_is_a_command_that_passes_every_check(
     assert job.config.moe.ep_size == best["ep_size"]
 
 
+def test_a_hostfile_that_is_not_there_is_said_to_be_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    plan("--nodes", "2", "--devices_per_node", "3", "--search", "--moe.num_experts", "6", "--moe.ep_size", "1")
+    assert "note: there is no hostfiles/2x3 here" in capsys.readouterr().out
+
+
 def test_ranks_are_simulated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan("--simulate", "64", "--moe.ep_size", "4", "--output_dir", str(tmp_path / "plan"))
     assert "16 of 4 ranks; the first: 0, 1, 2, 3" in capsys.readouterr().out
     simulation = json.loads((tmp_path / "plan" / "plan.json").read_text())["simulation"]
     assert len(simulation["params_per_rank"]) == 64
     assert simulation["expert_data_groups"][1][:2] == [1, 5]
+
+
+def test_a_search_in_which_nothing_fits_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "plan"
+    with pytest.raises(SystemExit) as left:
+        plan("--device_memory_gb", "1", "--search", "--output_dir", str(folder))
+    assert left.value.code == 2
+    said = capsys.readouterr()
+    assert "layouts fits 1 x 8 H100" in said.err
+    assert "layouts that fail" in said.out
+    assert "tokens/s" not in said.out
+    assert not folder.exists()
+
+
+def test_only_what_was_written_is_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "notes.txt").touch()
+    plan("--output_dir", str(tmp_path))
+    assert f"wrote plan.json to {tmp_path}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -92,6 +127,17 @@ def test_ranks_are_simulated(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         ("--deepspeed_override zero_optimization.stage=7", "choose 0, 1, 2 or 3"),
         ("--output_dir {file}/plan", "cannot be written"),
         ("--output_dir {plan}", "holds a plan already"),
+        ("--search --output_dir {command}", "holds a plan already: command.txt"),
+        ("--zipf 1", "--zipf: without effect without --simulate"),
+        ("--routing x", "--routing: without effect without --simulate"),
+        ("--straggler_spread 0.1", "--straggler_spread: without effect without --simulate"),
+        ("--simulation_seed 1", "--simulation_seed: without effect without --simulate"),
+        ("--simulate 8 --zipf 1 --routing x", "--zipf: with --routing"),
+        ("--simulate 8 --straggler_spread 2", "choose 0 to 1"),
+        ("--simulate 8 --zipf 1 --moe.enabled false", "--zipf: without effect on a dense model"),
+        ("--simulate 8 --imbalance 2 --moe.ep_size 2", "--imbalance: with --simulate"),
+        ("--imbalance 2 --moe.ep_size 1", "2.0 at ep_size 1"),
+        ("--search --calibration x", "--search: with --calibration"),
     ],
 )
 def test_wrong_settings_are_one_message(
@@ -99,7 +145,9 @@ def test_wrong_settings_are_one_message(
 ) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "plan.json").touch()
-    words = arguments.format(file=tmp_path / "file", plan=tmp_path).split()
+    (tmp_path / "searched").mkdir()
+    (tmp_path / "searched" / "command.txt").touch()
+    words = arguments.format(file=tmp_path / "file", plan=tmp_path, command=tmp_path / "searched").split()
     with pytest.raises(SystemExit) as left:
         plan(*words)
     assert left.value.code == 2
@@ -113,3 +161,13 @@ def test_a_file_that_is_no_recipe_is_refused(capsys: pytest.CaptureFixture[str])
     with pytest.raises(SystemExit):
         main(["plan", "nothing.py"])
     assert "nothing.py is no file" in capsys.readouterr().err
+
+
+def test_a_calibration_that_cannot_be_written_is_refused_before_it_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as left:
+        main(["bench", "--calibrate", RECIPE_FILE, "--output_dir", str(tmp_path / "file" / "calibration")])
+    assert left.value.code == 2
+    assert "cannot be written" in capsys.readouterr().err
