@@ -60,6 +60,7 @@ def another_commit(folder: Path) -> tuple[Path, Path]:
     """A repository that is one commit ahead, and the path that it is to be mounted over."""
     clone, place = folder / "clone", REPO / ".git"
     subprocess.run(["git", "clone", "-q", "--no-checkout", str(REPO), str(clone)], check=True)
+    subprocess.run(["git", "-C", str(clone), "read-tree", "HEAD"], check=True)  # the files are tracked, too
     author = ["-c", "user.name=a", "-c", "user.email=a@b"]
     subprocess.run(["git", "-C", str(clone), *author, "commit", "-q", "--allow-empty", "-m", "one ahead"], check=True)
     if place.is_dir():
