@@ -246,11 +246,8 @@ def flow_seconds(subject: Subject, flow: Flow, rates: Rates) -> tuple[float, str
     seconds = link_seconds(
         cluster, rates, link.intra, link.inter, ranks=ranks, calls=flow.calls, crosses=link.inter > 0
     )
-    if "link_bandwidth" in rates.measured:
-        return float(seconds), "intra"
-    return float(
-        seconds
-    ), "inter" if link.inter / cluster.inter_bandwidth > link.intra / cluster.intra_bandwidth else "intra"
+    crosses = link.inter / cluster.inter_bandwidth > link.intra / cluster.intra_bandwidth
+    return float(seconds), "inter" if crosses and "link_bandwidth" not in rates.measured else "intra"
 
 
 def link_seconds(

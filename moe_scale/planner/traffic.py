@@ -1,8 +1,8 @@
 """Bytes that a rank hands to collectives in one step, by collective, group and purpose, and what crosses which link.
 
 The payload is the larger of a call's two buffers: what an all-gather gives, what a reduce-scatter takes, the tensor of
-an all-reduce, the rows that an all-to-all takes. Single numbers that
-ranks agree on (gradient norms, flags) are left out.
+an all-reduce, the rows that an all-to-all takes. Single numbers that ranks agree on (gradient norms, flags) are left
+out.
 """
 
 from __future__ import annotations
@@ -58,22 +58,14 @@ def _group_of(parameter: Parameter) -> str:
 def _stage_3(subject: Subject, gathering: Gathering) -> list[Flow]:
     micro, size = subject.plan.grad_accum, subject.bytes_per_value
     persistent = [p for p in subject.parameters if is_persistent(subject, p)]
-    flows = _by_group(
-        subject,
-        "all_gather",
-        "parameters, forward",
-        gathering.forward,
-        micro * size,
-        calls=micro * gathering.forward_calls,
-    )
-    flows += _by_group(
-        subject,
-        "all_gather",
-        "parameters, backward",
-        gathering.backward,
-        micro * size,
-        calls=micro * gathering.backward_calls,
-    )
+    flows = [
+        flow
+        for way, gathered, calls in (
+            ("forward", gathering.forward, gathering.forward_calls),
+            ("backward", gathering.backward, gathering.backward_calls),
+        )
+        for flow in _by_group(subject, "all_gather", f"parameters, {way}", gathered, micro * size, calls=micro * calls)
+    ]
     flows += _by_group(
         subject, "all_gather", "small parameters, after the update", persistent, size, calls=len(persistent)
     )

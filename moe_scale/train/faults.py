@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from moe_scale.config import FaultConfig
 from moe_scale.errors import DivergedError, StoppedError
+from moe_scale.parallel.collectives import host_group
 
 EXIT_PREEMPTED = 75
 """Exit code of a run that was asked to stop and has saved: start it again with ``--resume auto``."""
@@ -83,17 +84,14 @@ class Interruption:
 
 
 class Agreement:
-    """Makes what one rank sees known to all, once a step, over a process group of the host's own.
-
-    It works on the CPU, so that no device has to wait for it.
-    """
+    """Makes what one rank sees known to all, once a step, over the hosts' network, so that no device waits for it."""
 
     def __init__(self) -> None:
-        self._group = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
+        self._alone, self._group = dist.get_world_size() == 1, host_group()
 
     def any(self, *flags: bool) -> list[bool]:
         """For each flag, whether it is set on any rank; all ranks together."""
-        if self._group is None:
+        if self._alone:
             return list(flags)
         found = torch.tensor(flags, dtype=torch.uint8)
         dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self._group)
@@ -101,7 +99,7 @@ class Agreement:
 
     def mean(self, value: float) -> float:
         """The mean over ranks; all ranks together."""
-        if self._group is None:
+        if self._alone:
             return value
         total = torch.tensor(value, dtype=torch.float64)
         dist.all_reduce(total, group=self._group)
