@@ -1,0 +1,43 @@
+"""What a run is, as frozen dataclasses. Nothing here imports torch or touches a device.
+
+Every field is a setting: on the command line (``--moe.top_k 2``), in a YAML file (``moe: {top_k: 2}``) and in
+``--help``. Types and single-value ranges are in the annotations; what ties several values together is in
+``problems()``, which reports everything at once so that a user mends a file in one go.
+"""
+
+from moe_scale.config.base import SCALES, Scale, divisors, duration_seconds, setting, show
+from moe_scale.config.language_model import DecoderConfig, LMConfig, LMEvalConfig, TextDataConfig
+from moe_scale.config.moe import MoEConfig
+from moe_scale.config.run import (
+    CheckpointConfig,
+    EvalConfig,
+    FaultConfig,
+    OptimConfig,
+    RunConfig,
+    TelemetryConfig,
+)
+from moe_scale.config.translation import PairDataConfig, Seq2SeqConfig, TranslationConfig, TranslationEvalConfig
+
+__all__ = [
+    "SCALES",
+    "CheckpointConfig",
+    "DecoderConfig",
+    "EvalConfig",
+    "FaultConfig",
+    "LMConfig",
+    "LMEvalConfig",
+    "MoEConfig",
+    "OptimConfig",
+    "PairDataConfig",
+    "RunConfig",
+    "Scale",
+    "Seq2SeqConfig",
+    "TelemetryConfig",
+    "TextDataConfig",
+    "TranslationConfig",
+    "TranslationEvalConfig",
+    "divisors",
+    "duration_seconds",
+    "setting",
+    "show",
+]
