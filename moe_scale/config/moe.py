@@ -23,7 +23,12 @@ from moe_scale.errors import Problem
 class MoEConfig(Strict):
     """The mixture-of-experts layer (Switch, arXiv 2101.03961; ST-MoE, arXiv 2202.08906)."""
 
-    enabled: bool = setting(True, "sparse feed-forwards; false gives a dense model of equal active FLOPs")
+    enabled: bool = setting(True, "sparse feed-forwards; false gives a dense model, as moe.dense_size says")
+    dense_size: Literal["active", "total"] = setting(
+        "active",
+        "with moe.enabled false: feed-forwards as wide as the experts that a token uses (active: equal FLOPs), or as "
+        "all experts together (total: equal parameters)",
+    )
     backend: Literal["custom", "deepspeed", "autoep"] = setting(
         "custom",
         "who computes the layer: custom (this project), deepspeed (deepspeed.moe) or autoep (DeepSpeed's AutoEP)",

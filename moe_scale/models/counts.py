@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moe_scale.config import DecoderConfig, MoEConfig
-from moe_scale.models.decoder import dense_hidden, is_sparse
+from moe_scale.models.layers import dense_hidden, is_sparse
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from moe_scale.config import DecoderConfig, MoEConfig
 from moe_scale.initialization import Init
 from moe_scale.models.attention import Attention, Rope, attention_mask, rope_tables
-from moe_scale.models.layers import DenseFeedForward, TiedHead, TokenEmbedding
+from moe_scale.models.layers import DenseFeedForward, TiedHead, TokenEmbedding, dense_hidden, is_sparse
 from moe_scale.moe.backends import build_moe
 from moe_scale.moe.layer import MoEStats
 from moe_scale.parallel.groups import ParallelGroups
@@ -137,7 +137,7 @@ class DecoderLM(nn.Module):
         if targets_BS is None:
             return self.head(x_BSD[:, -1:] if last_only else x_BSD)
         num_targets = (targets_BS >= 0).sum().float()
-        lm_loss = self.head(x_BSD.flatten(0, 1), targets_BS.flatten()) / num_targets.clamp(min=1)
+        lm_loss = self.head(x_BSD.flatten(0, 1), targets_BS.flatten()).loss / num_targets.clamp(min=1)
         moe = MoEStats(*map(torch.stack, zip(*stats, strict=True))) if stats else None
         loss = lm_loss
         if moe is not None:
@@ -145,15 +145,3 @@ class DecoderLM(nn.Module):
             # Summed over layers: each router then feels the same weight at any depth.
             loss = loss + weights.aux_loss_weight * moe.aux_loss.sum() + weights.z_loss_weight * moe.z_loss.sum()
         return LMOutput(loss, lm_loss, num_targets, moe, torch.stack(sinks) if sinks else None)
-
-
-def is_sparse(moe: MoEConfig, layer: int) -> bool:
-    """Whether the ``layer``-th layer (from 0) has experts."""
-    return moe.enabled and (layer + 1) % moe.every == 0
-
-
-def dense_hidden(moe: MoEConfig) -> int:
-    """Hidden width of a dense SwiGLU feed-forward with the active FLOPs of the sparse layer, dense half included."""
-    width = moe.top_k * moe.intermediate_size
-    width += moe.intermediate_size if moe.residual else moe.shared_intermediate_size
-    return width if moe.activation == "swiglu" else round(width * 2 / 3)  # two matrices where SwiGLU has three

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -20,6 +21,15 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 def mean_over_ranks(values: Tensor) -> Tensor:
     """The mean over ranks as a new tensor; all ranks must call it together."""
     return sum_over_ranks(values) / (dist.get_world_size() if dist.is_initialized() else 1)
+
+
+def any_over_ranks(flag: bool) -> bool:
+    """Whether the flag is set on any rank; all ranks must call it together."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return flag
+    found = torch.tensor(int(flag))
+    dist.all_reduce(found, op=dist.ReduceOp.MAX, group=host_group())
+    return bool(found)
 
 
 def host_group() -> Any:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from moe_scale.models.decoder import dense_hidden, is_sparse
+from moe_scale.models.layers import dense_hidden, is_sparse
 from moe_scale.planner.model import Subject
 from moe_scale.planner.traffic import expected_rows
 

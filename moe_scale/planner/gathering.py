@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from moe_scale.models.decoder import is_sparse
+from moe_scale.models.layers import is_sparse
 from moe_scale.planner.model import Parameter, Subject
 
 PREFETCH, REUSE, LIVE, PERSIST = (

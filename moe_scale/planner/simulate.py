@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from moe_scale.errors import ConfigError, Problem
-from moe_scale.models.decoder import is_sparse
+from moe_scale.models.layers import is_sparse
 from moe_scale.moe.layer import rows_per_expert
 from moe_scale.planner.memory import flat_numel, groups
 from moe_scale.planner.model import Subject

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from moe_scale.errors import ConfigError, Problem
-from moe_scale.models.decoder import dense_hidden, is_sparse
+from moe_scale.models.layers import dense_hidden, is_sparse
 from moe_scale.planner.activations import Shapes, attention, dense_block, sparse_block
 from moe_scale.planner.cluster import Cluster
 from moe_scale.planner.model import Subject

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from moe_scale.models.decoder import is_sparse
+from moe_scale.models.layers import is_sparse
 from moe_scale.moe.layer import rows_per_expert
 from moe_scale.planner.gathering import Gathering, follow, is_persistent, setting
 from moe_scale.planner.memory import communication_bytes, flat_numel, groups, uses_bf16_optimizer

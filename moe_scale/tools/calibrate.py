@@ -26,8 +26,7 @@ from moe_scale.config import MoEConfig
 from moe_scale.errors import Problem, raise_if
 from moe_scale.initialization import Init
 from moe_scale.models.attention import Attention, rope_tables
-from moe_scale.models.decoder import dense_hidden
-from moe_scale.models.layers import DenseFeedForward, TiedHead, TokenEmbedding
+from moe_scale.models.layers import DenseFeedForward, TiedHead, TokenEmbedding, dense_hidden
 from moe_scale.moe.layer import MoELayer
 from moe_scale.parallel import device as devices
 from moe_scale.parallel import launch as launches
@@ -231,7 +230,7 @@ class _LossBlock(_Block):
     def forward(self, x_BSD: Tensor) -> Tensor:
         ids_T = torch.arange(x_BSD.shape[0] * x_BSD.shape[1], device=x_BSD.device) % len(self.embedding.weight)
         embedded_TD = self.embedding(ids_T)
-        return self.head(self.norm(x_BSD.flatten(0, 1) + embedded_TD), ids_T) / len(ids_T)
+        return self.head(self.norm(x_BSD.flatten(0, 1) + embedded_TD), ids_T).loss / len(ids_T)
 
 
 def _pass(block: Any) -> None:

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from moe_scale.config import MoEConfig
 from moe_scale.initialization import Init
-from moe_scale.models.decoder import dense_hidden
-from moe_scale.models.layers import DenseFeedForward
+from moe_scale.models.layers import DenseFeedForward, dense_hidden
 from moe_scale.moe.backends import build_moe
 from moe_scale.moe.layer import MoELayer
 from moe_scale.parallel.groups import ParallelGroups

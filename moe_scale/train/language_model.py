@@ -16,7 +16,8 @@ from moe_scale.errors import ConfigError, Problem
 from moe_scale.evaluate.generate import sample
 from moe_scale.evaluate.language_model import score
 from moe_scale.models.counts import num_active_params, num_params, training_flops_per_token
-from moe_scale.models.decoder import DecoderLM, LMOutput, is_sparse
+from moe_scale.models.decoder import DecoderLM, LMOutput
+from moe_scale.models.layers import is_sparse
 from moe_scale.parallel import device
 from moe_scale.parallel.groups import ParallelGroups
 from moe_scale.train.task import Task

@@ -25,7 +25,7 @@ def part_of(name: str) -> str:
         return "router"
     if "norm" in name:
         return "norms"
-    if ".attention." in name:
+    if "attention." in name:
         return "attention"
     return "ffn" if ".ffn." in name else "embedding"
 

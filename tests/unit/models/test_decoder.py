@@ -15,7 +15,8 @@ from torch import Tensor
 
 from moe_scale.config import DecoderConfig, MoEConfig
 from moe_scale.initialization import Init
-from moe_scale.models.decoder import DecoderLM, LMOutput, dense_hidden, is_sparse
+from moe_scale.models.decoder import DecoderLM, LMOutput
+from moe_scale.models.layers import dense_hidden, is_sparse
 from moe_scale.moe.backends import build_moe
 from moe_scale.moe.experts import Experts
 from moe_scale.parallel.groups import ParallelGroups

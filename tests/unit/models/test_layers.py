@@ -40,7 +40,7 @@ def make_targets(ignored: float = 0.0, tokens: int = T) -> Tensor:
 @pytest.mark.parametrize("chunk_tokens", [1, 7, 33, 64, T, 1000])
 def test_fused_loss_and_gradients(chunk_tokens: int, ignored: float) -> None:
     head, hidden, targets_T = make_head(chunk_tokens), make_hidden(), make_targets(ignored)
-    loss = head(hidden, targets_T)
+    loss = head(hidden, targets_T).loss
     expected = F.cross_entropy(F.linear(hidden, head.weight), targets_T, reduction="sum")
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
     wanted = [hidden, head.weight]
@@ -56,7 +56,7 @@ def test_gradcheck(chunk_tokens: int) -> None:
     head, targets_T = make_head(chunk_tokens), make_targets(0.3, tokens=8)
 
     def loss(hidden: Tensor, weight: Tensor) -> Tensor:
-        return functional_call(head, {"weight": weight}, (hidden, targets_T))
+        return functional_call(head, {"weight": weight}, (hidden, targets_T)).loss
 
     hidden, weight = make_hidden(tokens=8), head.weight.detach().clone().requires_grad_()
     assert torch.autograd.gradcheck(loss, (hidden, weight))
@@ -66,7 +66,7 @@ def test_gradcheck(chunk_tokens: int) -> None:
 
 def test_ignored_targets_have_no_gradient() -> None:
     head, hidden, targets_T = make_head(), make_hidden(), make_targets(0.5)
-    head(hidden, targets_T).backward()
+    head(hidden, targets_T).loss.backward()
     assert hidden.grad is not None
     assert not hidden.grad[targets_T == -100].any()
     assert hidden.grad[targets_T != -100].any(dim=1).all()
@@ -74,7 +74,7 @@ def test_ignored_targets_have_no_gradient() -> None:
 
 def test_all_ignored() -> None:
     head, hidden = make_head(), make_hidden()
-    loss = head(hidden, torch.full((T,), -100))
+    loss = head(hidden, torch.full((T,), -100)).loss
     loss.backward()
     assert loss == 0
     assert not hidden.grad.any()
@@ -89,7 +89,7 @@ def test_bf16_is_close_to_fp32() -> None:
             make_head(dtype=torch.bfloat16).to(dtype),
             make_hidden(torch.bfloat16).detach().to(dtype).requires_grad_(),
         )
-        loss = head(hidden, make_targets(0.2))
+        loss = head(hidden, make_targets(0.2)).loss
         assert loss.dtype == torch.float32, "a sum over thousands of tokens has no place in bf16"
         loss.backward()
         assert hidden.grad.dtype == head.weight.grad.dtype == dtype
@@ -102,8 +102,8 @@ def test_bf16_is_close_to_fp32() -> None:
 def test_loss_is_the_same_without_gradients() -> None:
     head, hidden, targets_T = make_head(), make_hidden(), make_targets(0.2)
     with torch.no_grad():
-        loss = head(hidden, targets_T)
-    assert torch.equal(loss, head(hidden, targets_T).detach())
+        loss = head(hidden, targets_T).loss
+    assert torch.equal(loss, head(hidden, targets_T).loss.detach())
 
 
 def test_evaluation_computes_no_gradients() -> None:
@@ -116,14 +116,14 @@ def test_evaluation_computes_no_gradients() -> None:
 def test_second_derivative_is_refused() -> None:
     """The stored gradient is a constant to autograd, so a second derivative would be silently wrong."""
     head, hidden = make_head(), make_hidden()
-    (gradient,) = torch.autograd.grad(head(hidden, make_targets()) ** 2, hidden, create_graph=True)
+    (gradient,) = torch.autograd.grad(head(hidden, make_targets()).loss ** 2, hidden, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
 
 
 def test_large_logits_do_not_overflow() -> None:
     head, hidden = make_head(dtype=torch.float32), make_hidden(torch.float32)
-    loss = head(1e4 * hidden, make_targets())
+    loss = head(1e4 * hidden, make_targets()).loss
     loss.backward()
     assert loss.isfinite()
     assert hidden.grad.isfinite().all()

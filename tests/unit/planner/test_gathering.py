@@ -18,7 +18,9 @@ def numel(parameters) -> int:
     return sum(p.numel for p in parameters)
 
 
-def note_gradient(output: torch.Tensor, name: str, into: list[str]) -> None:
+def note_gradient(output: torch.Tensor | tuple, name: str, into: list[str]) -> None:
+    if isinstance(output, tuple):  # of the head: the loss, and another that has no gradient
+        output = output[0]
     if output.requires_grad:
         output.register_hook(lambda _: into.append(name))
 

@@ -1,0 +1,94 @@
+"""Parameters and FLOPs of an encoder-decoder from its settings alone; no module is built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from moe_scale.config import MoEConfig, Seq2SeqConfig
+from moe_scale.models.layers import is_sparse
+from moe_scale.models.seq2seq import part_moe
+
+Part = Literal["encoder", "decoder"]
+
+
+@dataclass(frozen=True)
+class PartCounts:
+    """Parameters of the encoder or of the decoder; of the experts all, or those that a token uses."""
+
+    attention: int
+    router: int
+    experts: int
+    dense_ffn: int
+    norms: int
+    expert_biases: int
+    """Those of ``experts`` that are no matrices."""
+
+    @property
+    def total(self) -> int:
+        return self.attention + self.router + self.experts + self.dense_ffn + self.norms
+
+    @property
+    def matrices(self) -> int:
+        return self.total - self.norms - self.expert_biases
+
+
+def num_params(model: Seq2SeqConfig, moe: MoEConfig) -> int:
+    """Parameters of the whole model; the embedding, which is the head as well, counts once."""
+    return _embeddings(model) + sum(part_params(model, moe, part).total for part in _parts())
+
+
+def num_active_params(model: Seq2SeqConfig, moe: MoEConfig) -> int:
+    """Parameters that a sentence pair of one token a side uses: of the experts of a layer only K."""
+    return _embeddings(model) + sum(part_params(model, moe, part, active=True).total for part in _parts())
+
+
+def part_params(model: Seq2SeqConfig, moe: MoEConfig, part: Part, *, active: bool = False) -> PartCounts:
+    """Parameters of one half."""
+    moe, width = part_moe(model, moe, part)
+    layers = model.num_encoder_layers if part == "encoder" else model.num_decoder_layers
+    sparse = sum(is_sparse(moe, layer) for layer in range(layers))
+    attentions = 1 if part == "encoder" else 2
+    d_model, matrices = model.d_model, 3 if moe.activation == "swiglu" else 2
+    norm = d_model * (2 if model.norm == "layernorm" else 1)
+    counted = sparse * (moe.top_k if active else moe.num_experts)
+    biases = (matrices - 1) * moe.intermediate_size + d_model if moe.expert_bias else 0
+    scores = {"hash": 0, "noisy": 2}.get(moe.router, 1)
+    dense_half = moe.intermediate_size if moe.residual else moe.shared_intermediate_size
+    return PartCounts(
+        attention=layers * attentions * 4 * d_model * model.num_heads * model.head_width,
+        router=sparse * d_model * (moe.num_experts * scores + 2 * moe.residual),
+        experts=counted * (matrices * d_model * moe.intermediate_size + biases),
+        dense_ffn=matrices * d_model * ((layers - sparse) * width + sparse * dense_half),
+        norms=norm * (layers * (attentions + 1) + (model.norm_order == "pre")),
+        expert_biases=counted * biases,
+    )
+
+
+def training_flops(model: Seq2SeqConfig, moe: MoEConfig, source_len: float, target_len: float) -> float:
+    """FLOPs of the forward and backward pass of a sentence pair, three times the forward pass; a multiply-add is two.
+
+    Matrix products only: 2 FLOPs a weight and token (the decoder's keys and values of the source are made from source
+    tokens), the head's for target tokens, and 4*H*A for each query and key of an attention: S^2 in the encoder, about
+    T^2/2 causal and T*S across in the decoder, each a layer.
+
+    Args:
+        source_len, target_len: tokens of the pair; means over pairs give the mean where lengths vary little.
+    """
+    encoder, decoder = (part_params(model, moe, part, active=True) for part in _parts())
+    inner = model.num_heads * model.head_width
+    from_source = model.num_decoder_layers * 2 * model.d_model * inner
+    weights = source_len * (encoder.matrices + from_source)
+    weights += target_len * (decoder.matrices - from_source + model.vocab_size * model.d_model)
+    scores = model.num_encoder_layers * source_len**2
+    scores += model.num_decoder_layers * (target_len * (target_len + 1) / 2 + target_len * source_len)
+    return 3 * (2 * weights + 4 * inner * scores)
+
+
+def _parts() -> tuple[Part, Part]:
+    return "encoder", "decoder"
+
+
+def _embeddings(model: Seq2SeqConfig) -> int:
+    positions = 2 * model.max_positions if model.positions == "learned" else 0
+    return (model.vocab_size + positions) * model.d_model
