@@ -28,6 +28,9 @@ from moe_scale.models.transformer import (
 from moe_scale.moe.layer import MoEStats
 from moe_scale.parallel.groups import ParallelGroups
 
+PAD_ID = 0
+"""The token that is no source."""
+
 
 class Seq2SeqOutput(NamedTuple):
     """What a forward pass with targets returns. Losses are in nats a target token."""
@@ -123,17 +126,14 @@ class Seq2Seq(nn.Module):
     Args:
         config: the model's settings.
         moe: the sparse layers' settings.
-        pad_id: the token that is no source.
         groups: process groups.
         seed: of the initial weights.
     """
 
-    def __init__(
-        self, config: Seq2SeqConfig, moe: MoEConfig, pad_id: int, groups: ParallelGroups | None = None, seed: int = 0
-    ):
+    def __init__(self, config: Seq2SeqConfig, moe: MoEConfig, groups: ParallelGroups | None = None, seed: int = 0):
         super().__init__()
         groups, init = groups or ParallelGroups(), Init(seed)
-        self.config, self.moe_config, self.pad_id = config, moe, pad_id
+        self.config, self.moe_config = config, moe
         self.embedding = TokenEmbedding(config.vocab_size, config.d_model, init / "embedding")
         self.dropout = nn.Dropout(config.dropout)
         if config.positions == "learned":
@@ -195,7 +195,7 @@ class Seq2Seq(nn.Module):
         return self._score(x_BTD, targets_BT, encoder_stats + decoder_stats)
 
     def _encode(self, ids_BS: Tensor) -> tuple[DecoderState, list[MoEStats]]:
-        valid_BS = ids_BS != self.pad_id
+        valid_BS = ids_BS != PAD_ID
         # A row of padding alone, as ranks without a sentence have, looks at its first token: a softmax over nothing
         # is NaN.
         seen_BS = valid_BS.clone()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 from moe_scale.config import MoEConfig, Seq2SeqConfig
 from moe_scale.models.layers import is_sparse
@@ -65,7 +65,11 @@ def part_params(model: Seq2SeqConfig, moe: MoEConfig, part: Part, *, active: boo
     )
 
 
-def training_flops(model: Seq2SeqConfig, moe: MoEConfig, source_len: float, target_len: float) -> float:
+Lengths = TypeVar("Lengths", float, Any)
+"""A number, or an array of numbers."""
+
+
+def training_flops(model: Seq2SeqConfig, moe: MoEConfig, source_len: Lengths, target_len: Lengths) -> Lengths:
     """FLOPs of the forward and backward pass of a sentence pair, three times the forward pass; a multiply-add is two.
 
     Matrix products only: 2 FLOPs a weight and token (the decoder's keys and values of the source are made from source
@@ -73,16 +77,16 @@ def training_flops(model: Seq2SeqConfig, moe: MoEConfig, source_len: float, targ
     T^2/2 causal and T*S across in the decoder, each a layer.
 
     Args:
-        source_len, target_len: tokens of the pair; means over pairs give the mean where lengths vary little.
+        source_len, target_len: tokens of the pair, or arrays of those of many pairs.
     """
     encoder, decoder = (part_params(model, moe, part, active=True) for part in _parts())
     inner = model.num_heads * model.head_width
     from_source = model.num_decoder_layers * 2 * model.d_model * inner
-    weights = source_len * (encoder.matrices + from_source)
-    weights += target_len * (decoder.matrices - from_source + model.vocab_size * model.d_model)
-    scores = model.num_encoder_layers * source_len**2
-    scores += model.num_decoder_layers * (target_len * (target_len + 1) / 2 + target_len * source_len)
-    return 3 * (2 * weights + 4 * inner * scores)
+    by_source = source_len * (encoder.matrices + from_source)
+    by_target = target_len * (decoder.matrices - from_source + model.vocab_size * model.d_model)
+    scores_within = model.num_encoder_layers * source_len**2
+    scores_across = model.num_decoder_layers * (target_len * (target_len + 1) / 2 + target_len * source_len)
+    return 3 * (2 * (by_source + by_target) + 4 * inner * (scores_within + scores_across))
 
 
 def _parts() -> tuple[Part, Part]:

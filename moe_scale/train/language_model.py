@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 
@@ -27,13 +27,13 @@ class LanguageModelTask(Task):
     """Train a :class:`DecoderLM` to predict the next token of packed documents."""
 
     model_kind = "decoder"
-    scores: ClassVar[dict[str, Literal["lower", "higher"]]] = {
-        "eval/loss": "lower",
-        "eval/perplexity": "lower",
-        "eval/bits_per_byte": "lower",
-    }
 
     def __init__(self, config: LMConfig):
+        self.scores: dict[str, Literal["lower", "higher"]] = {
+            "eval/loss": "lower",
+            "eval/perplexity": "lower",
+            "eval/bits_per_byte": "lower",
+        }
         self.config = config
         self.tokens_per_sequence = config.data.seq_len
         self.flops_per_token = training_flops_per_token(config.model, config.moe, config.data.seq_len)

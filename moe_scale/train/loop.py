@@ -208,8 +208,9 @@ def _train_steps(run: Run) -> None:
         logged = state.step == 1 or state.step % config.telemetry.every == 0 or last
         learning_rate = run.engine.get_lr()[0]
         outcome = _step(run, logged=logged)
-        state.tokens += job.tokens_per_step
-        run.throughput.step(job.tokens_per_step)
+        tokens = job.task.tokens_in_step(job.tokens_per_step)
+        state.tokens += tokens
+        run.throughput.step(tokens)
         if logged:
             _log(run, {"lr": learning_rate} | outcome.record)
         run.bad_steps.end_if_too_many()

@@ -116,6 +116,7 @@ def open_logger(job: Job, found: Preflight, resumed_at: int | None) -> MetricsLo
                     device=job.device.name,
                     hosts=found.record(),
                 )
+                job.task.keep_beside(job.run_dir)
             except OSError as error:
                 raise ConfigError(Problem("output_dir", f"{job.run_dir} cannot be written: {error.strerror}")) from None
     logger = MetricsLogger(

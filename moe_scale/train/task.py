@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import nn
 
@@ -40,7 +40,7 @@ class Task(abc.ABC):
     model_kind: str
     """The model's name for :func:`moe_scale.models.build.build_model`."""
 
-    scores: ClassVar[dict[str, Literal["lower", "higher"]]]
+    scores: dict[str, Literal["lower", "higher"]]
     """Held-out scores of :meth:`evaluate` that can be called best, and which way."""
 
     @abc.abstractmethod
@@ -66,6 +66,17 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def batches(self) -> Batches:
         """The endless training batches of this rank."""
+
+    def tokens_in_step(self, budget: int) -> int:
+        """Tokens, over all ranks, of the batches handed out since the last call, which was a step ago.
+
+        Args:
+            budget: what they are where every sequence has ``tokens_per_sequence``.
+        """
+        return budget
+
+    def keep_beside(self, run_dir: Path) -> None:  # noqa: B027 (nothing to keep is a valid default)
+        """Write what the run's folder needs besides checkpoints, such as a vocabulary; on rank 0, at every start."""
 
     @abc.abstractmethod
     def forward(self, engine: Any, batch: Any) -> Any:

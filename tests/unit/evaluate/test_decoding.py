@@ -22,7 +22,7 @@ def build(seed: int = 0, *, sharpness: float = 4.0, **changes: Any) -> Seq2Seq:
     config = Seq2SeqConfig(
         vocab_size=VOCAB, num_encoder_layers=1, num_decoder_layers=2, d_model=16, num_heads=2, **changes
     )  # fmt: skip
-    model = Seq2Seq(config, MoEConfig(num_experts=4, intermediate_size=8), PAD, seed=seed).double().eval()
+    model = Seq2Seq(config, MoEConfig(num_experts=4, intermediate_size=8), seed=seed).double().eval()
     with torch.no_grad():
         model.decoder_norm.weight.mul_(sharpness)
         model.embedding.weight[EOS] = model.embedding.weight[5:60].mean(dim=0) * 3

@@ -14,10 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from moe_scale.config import MoEConfig, Seq2SeqConfig
 from moe_scale.models import seq2seq_counts
+from moe_scale.models.seq2seq import PAD_ID as PAD
 from moe_scale.models.seq2seq import Seq2Seq
 from moe_scale.models.transformer import sinusoids
 
-PAD, BOS, VOCAB = 0, 2, 307
+BOS, VOCAB = 2, 307
 MODEL = Seq2SeqConfig(
     vocab_size=VOCAB, num_encoder_layers=2, num_decoder_layers=2, d_model=24, num_heads=4, max_positions=40,
     dropout=0.0, loss_chunk_tokens=16,
@@ -28,7 +29,7 @@ DENSE = MoEConfig(enabled=False, top_k=1, intermediate_size=32, activation="relu
 
 def build(moe: MoEConfig = MOE, **changes: Any) -> Seq2Seq:
     """A model in fp64 whose vectors are not all ones and zeros."""
-    model = Seq2Seq(replace(MODEL, **changes), moe, PAD, seed=5).double().eval()
+    model = Seq2Seq(replace(MODEL, **changes), moe, seed=5).double().eval()
     torch.manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -244,7 +245,7 @@ COUNTED = [
 def test_counts_are_those_of_the_module(model: dict[str, Any], moe: dict[str, Any]) -> None:
     config, moe_config = replace(MODEL, **model), replace(MOE, **moe)
     with torch.device("meta"):
-        built = Seq2Seq(config, moe_config, PAD)
+        built = Seq2Seq(config, moe_config)
     assert seq2seq_counts.num_params(config, moe_config) == sum(p.numel() for p in built.parameters())
     for part in ("encoder", "decoder"):
         norm = getattr(built, f"{part}_norm")

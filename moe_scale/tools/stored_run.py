@@ -1,0 +1,64 @@
+"""A finished (or half finished) run, opened for use: its settings, and its model on this process's CPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import pydantic
+from torch import nn
+
+from moe_scale.checkpoint import folder as folders
+from moe_scale.checkpoint.index import Index, read_index
+from moe_scale.checkpoint.reader import load_model
+from moe_scale.config import RunConfig
+from moe_scale.errors import ConfigError, Problem
+
+C = TypeVar("C", bound=RunConfig)
+
+
+@dataclass(frozen=True)
+class StoredRun(Generic[C]):
+    """What a run left behind.
+
+    Attributes:
+        folder: of the run.
+        checkpoint: the one that is used.
+        index: its content.
+        config: the run's settings.
+    """
+
+    folder: Path
+    checkpoint: Path
+    index: Index
+    config: C
+
+    def load_model(self) -> nn.Module:
+        """The model in evaluation mode, in fp32, every byte compared with its checksum."""
+        return load_model(self.checkpoint)
+
+
+def open_run(path: str, kind: str, recipe: str, config_class: type[C]) -> StoredRun[C]:
+    """The newest checkpoint of a run, or the named one.
+
+    Args:
+        path: a run's folder, or a checkpoint's in it.
+        kind: the kind of model that it must hold.
+        recipe: that trains such models, for the message.
+
+    Raises:
+        ConfigError: at ``run``, when there is no checkpoint or one of another kind.
+    """
+    checkpoint = folders.find_checkpoint(Path(path).expanduser())
+    index = read_index(checkpoint)
+    if index.kind != kind:
+        what = f"{path} holds a model of kind {index.kind}, not {kind}"
+        raise ConfigError(Problem("run", what, f"give a run of recipes/{recipe}.py"))
+    try:
+        config = pydantic.TypeAdapter(config_class).validate_python(index.settings)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        what = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise ConfigError(Problem("run", f"the settings of {checkpoint} are of another release ({what})")) from None
+    return StoredRun(checkpoint.resolve().parents[1], checkpoint, index, config)

@@ -1,0 +1,142 @@
+"""``moe-scale translate``: translate sentences with a trained run of ``recipes/translation.py``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from moe_scale.config import TranslationConfig
+from moe_scale.data.pairs.batches import PairItem, make_batch
+from moe_scale.data.pairs.tokenizer import PairTokenizer
+from moe_scale.errors import ConfigError, Problem
+from moe_scale.evaluate.translation import Search, translate
+from moe_scale.tools.arguments import not_negative_number, positive
+from moe_scale.tools.stored_run import StoredRun, open_run
+from moe_scale.train.translation import TOKENIZER_FILE
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The tool's flags."""
+    parser.add_argument("text", nargs="*", help="sentences, each an argument; without any, lines of --input")
+    parser.add_argument("--run", required=True, help="folder of a run, which means its newest checkpoint, or of one")
+    parser.add_argument("--to", required=True, metavar="LANGUAGE", help="language to translate into, as de")
+    parser.add_argument("--input", metavar="FILE", help="text file, a sentence a line [standard input]")
+    parser.add_argument("--output", metavar="FILE", help="file for the translations, a line each [standard output]")
+    parser.add_argument("--beam_size", type=positive, help="hypotheses kept; 1 is greedy [the run's eval.beam_size]")
+    parser.add_argument(
+        "--length_penalty", type=not_negative_number, help="above 1 prefers longer ones [the run's eval.length_penalty]"
+    )
+    parser.add_argument("--batch_size", type=positive, default=32, help="sentences at a time [%(default)s]")
+    parser.add_argument(
+        "--scores", action="store_true", help="before each translation its score, log p / tokens^penalty, and a tab"
+    )
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of the input that has words: its number, from 1, and the tokens of its sentence."""
+
+    number: int
+    tokens: list[int]
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Translate, in the order of the input; an empty line gives an empty line.
+
+    Raises:
+        ConfigError: when the run, the language or the input cannot be used; nothing is written then.
+    """
+    output = Path(arguments.output).expanduser() if arguments.output else None
+    if arguments.text and arguments.input:
+        raise ConfigError(Problem("--input", "given beside sentences", "choose one of the two"))
+    if output and (output.exists() or not output.parent.is_dir()):
+        what = "exists" if output.exists() else "is in a folder that does not exist"
+        raise ConfigError(Problem("--output", f"{output} {what}", "name a new file"))
+    stored = open_run(arguments.run, "seq2seq", "translation", TranslationConfig)
+    tokenizer = PairTokenizer.load(stored.folder / TOKENIZER_FILE)
+    tag = tokenizer.tag_id(arguments.to)
+    texts = _read(arguments)
+    lines = _tokenized(texts, tokenizer, stored.config)
+    model = stored.load_model()
+    with output.open("x", encoding="utf-8") if output else _Standard() as out:
+        written = 0
+        for number, text in _translated(model, lines, tag, tokenizer, stored, arguments):
+            _write(out, "\n" * (number - 1 - written) + text + "\n")
+            written = number
+        _write(out, "\n" * (len(texts) - written))
+
+
+class _Standard:
+    """Standard output, which stays open, in place of a file."""
+
+    def __enter__(self) -> TextIO:
+        return sys.stdout
+
+    def __exit__(self, *_: object) -> None:
+        sys.stdout.flush()
+
+
+def _write(out: TextIO, text: str) -> None:
+    out.write(text)
+    out.flush()
+
+
+def _read(arguments: argparse.Namespace) -> list[str]:
+    """The input's lines."""
+    if arguments.text:
+        return [line for text in arguments.text for line in text.splitlines() or [""]]
+    where = arguments.input or "standard input"
+    try:
+        data = Path(where).expanduser().read_bytes() if arguments.input else sys.stdin.buffer.read()
+        text = data.decode("utf-8-sig")
+    except OSError as error:
+        raise ConfigError(Problem("--input", f"cannot read {where}: {error.strerror}", this_host_only=True)) from None
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        what = f"{where}, line {line}: not UTF-8 at byte {error.start}"
+        raise ConfigError(Problem("--input", what, "convert the file, for example by iconv", True)) from None
+    return text.removesuffix("\n").split("\n") if text else []
+
+
+def _tokenized(texts: Sequence[str], tokenizer: PairTokenizer, config: TranslationConfig) -> list[Line]:
+    """The lines with words. Tells of those that are longer than any that the model was trained on."""
+    lines = [Line(number, tokenizer.encode(text)) for number, text in enumerate(texts, start=1) if text.strip()]
+    long = [line for line in lines if len(line.tokens) > config.data.max_len]
+    if long and config.model.positions == "learned":
+        first = long[0]
+        what = f"line {first.number} has {len(first.tokens)} tokens, the model takes {config.data.max_len}"
+        raise ConfigError(Problem("text", f"{what}; {len(long)} such lines", "split them into sentences"))
+    if long:
+        numbers = ", ".join(str(line.number) for line in long[:5]) + (", ..." if len(long) > 5 else "")
+        print(
+            f"warning: {len(long)} lines ({numbers}) are longer than the {config.data.max_len} tokens of the longest "
+            "training sentences: expect less of their translations",
+            file=sys.stderr,
+        )
+    return lines
+
+
+def _translated(
+    model: Any,
+    lines: Sequence[Line],
+    tag: int,
+    tokenizer: PairTokenizer,
+    stored: StoredRun[TranslationConfig],
+    arguments: argparse.Namespace,
+) -> Iterator[tuple[int, str]]:
+    """(number, translation) of each line."""
+    config = stored.config.eval
+    penalty = config.length_penalty if arguments.length_penalty is None else arguments.length_penalty
+    search = Search(arguments.beam_size or config.beam_size, penalty, stored.config.max_target_len)
+    for first in range(0, len(lines), arguments.batch_size):
+        some = lines[first : first + arguments.batch_size]
+        batch = make_batch([PairItem(line.tokens, None, tag) for line in some])
+        found = translate(model, batch.source_BS, tokenizer, search, torch.device("cpu"))
+        for line, (text, score) in zip(some, found, strict=True):
+            yield line.number, f"{score:.4f}\t{text}" if arguments.scores else text
