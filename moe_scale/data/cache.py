@@ -3,17 +3,42 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import shutil
 import socket
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moe_scale.errors import ConfigError, Problem
 
+if TYPE_CHECKING:
+    from hashlib import _Hash
+
 MANIFEST = "manifest.json"
 """The file that a complete folder has."""
+
+_HASHED_BYTES = 64 * 2**20
+
+
+def digest_files(digest: _Hash, files: list[Path], root: Path) -> None:
+    """Add the names of ``files``, relative to ``root``, and their content to ``digest``.
+
+    Files of up to 64 MiB together go by their content, larger ones by size and time of change.
+
+    Raises:
+        ConfigError: at ``data.source``, when a file cannot be read.
+    """
+    by_content = sum(file.stat().st_size for file in files) <= _HASHED_BYTES
+    for file in files:
+        stat = file.stat()
+        digest.update(f"{str(file.relative_to(root))!r} {stat.st_size} ".encode(errors="surrogateescape"))
+        try:
+            digest.update(hashlib.sha256(file.read_bytes()).digest() if by_content else str(stat.st_mtime_ns).encode())
+        except OSError as error:
+            raise ConfigError(Problem("data.source", f"cannot read {file} ({error.strerror})", "", True)) from error
 
 
 def build_once(folder: Path, build: Callable[[Path], None], say: Callable[[str], None]) -> None:

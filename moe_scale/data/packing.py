@@ -131,11 +131,23 @@ class SampleOrder:
     def __getitem__(self, sample: int) -> int:
         """The sequence that is the global sample number ``sample``, counted from 0 over all epochs."""
         epoch, index = divmod(sample, self.num_sequences)
+        return int(self._permuted(epoch)[index])
+
+    def span(self, first: int, count: int) -> np.ndarray:
+        """The sequences that are the global samples ``first`` to ``first + count``, [count] int64."""
+        parts = [np.empty(0, dtype=np.int64)]
+        while count:
+            epoch, index = divmod(first, self.num_sequences)
+            parts.append(self._permuted(epoch)[index : index + count])
+            first, count = first + len(parts[-1]), count - len(parts[-1])
+        return np.concatenate(parts)
+
+    def _permuted(self, epoch: int) -> np.ndarray:
         if epoch != self._epoch:
             random = np.random.RandomState([self.seed & 0xFFFFFFFF, self.seed >> 32, epoch])
             self._permutation = random.permutation(self.num_sequences)
             self._epoch = epoch
-        return int(self._permutation[index])
+        return self._permutation
 
 
 def require_sequences(stream: TokenStream, seq_len: int) -> int:

@@ -39,7 +39,6 @@ FORMAT = 1
 Progress = Callable[[str], None]
 """Is told, about once a second, how far the preparation is, as a line for a human."""
 
-_HASHED_BYTES = 64 * 2**20
 _CHUNK_BYTES = 2**20
 _BYTES_WORTH_WORKERS = 32 * 2**20  # below this, starting a process (it imports the main module) takes longer
 
@@ -124,19 +123,10 @@ def prepare_text(config: TextDataConfig, tokenizer: TextTokenizer, progress: Pro
 
 def source_fingerprint(config: TextDataConfig, tokenizer: TextTokenizer) -> str:
     """Name of the folder of the prepared text: 20 hex digits over everything that its content depends on."""
-    files = source_files(config)
-    root = source_root(config)
-    by_content = sum(file.stat().st_size for file in files) <= _HASHED_BYTES
     digest = hashlib.sha256()
     for part in (FORMAT, tokenizer.fingerprint, config.text_field, config.holdout_fraction):
         digest.update(f"{part!r}\n".encode())
-    for file in files:
-        stat = file.stat()
-        digest.update(f"{str(file.relative_to(root))!r} {stat.st_size} ".encode(errors="surrogateescape"))
-        try:
-            digest.update(hashlib.sha256(file.read_bytes()).digest() if by_content else str(stat.st_mtime_ns).encode())
-        except OSError as error:
-            raise ConfigError(Problem("data.source", f"cannot read {file} ({error.strerror})", "", True)) from error
+    cache.digest_files(digest, source_files(config), source_root(config))
     return digest.hexdigest()[:20]
 
 

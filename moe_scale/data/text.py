@@ -9,7 +9,6 @@ Shape suffixes: B batch, S sequence.
 
 from __future__ import annotations
 
-import abc
 import logging
 import signal
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from typing import Any
 import torch.utils.data
 
 from moe_scale.config import TextDataConfig
+from moe_scale.data.loader import TrainLoader, require_same
 from moe_scale.data.packing import Batch, SampleOrder, padded_batches, require_sequences
 from moe_scale.data.prepare import PreparedText, Progress, prepare_text
 from moe_scale.data.sources import is_streamed
@@ -31,35 +31,6 @@ __all__ = ["Batch", "PreparedText", "StreamedText", "TrainLoader", "eval_batches
 log = logging.getLogger(__name__)
 
 _PREFETCHED_BATCHES = 8
-
-
-class TrainLoader(abc.ABC):
-    """An endless iterator of training batches that can save and restore its exact position.
-
-    ``state_dict()`` is JSON-serialisable and describes the batches handed out, not those prefetched. After
-    ``load_state_dict(state)`` the next batch is, bit for bit, the one that would have followed.
-    """
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self
-
-    @abc.abstractmethod
-    def __next__(self) -> Batch: ...
-
-    @abc.abstractmethod
-    def state_dict(self) -> dict[str, Any]:
-        """The position after the last batch handed out."""
-
-    @abc.abstractmethod
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from ``state``.
-
-        Raises:
-            ConfigError: when the state belongs to other data or to another order of it.
-        """
-
-    def close(self) -> None:  # noqa: B027 (nothing to do is a valid default)
-        """End worker processes, if there are any; the loader can still be asked for its state."""
 
 
 def open_text(
@@ -81,7 +52,7 @@ def train_loader(
     rank: int,
     world_size: int,
     seed: int,
-) -> TrainLoader:
+) -> TrainLoader[Batch]:
     """The training batches of one rank, endless.
 
     Prepared text: every epoch is a fresh permutation of all whole sequences, a function of the seed alone. The m-th
@@ -140,7 +111,7 @@ def eval_batches(
     )
 
 
-class _PreparedLoader(TrainLoader):
+class _PreparedLoader(TrainLoader[Batch]):
     """Reads in this process: a batch is a copy of a few kilobytes from a memory map, quicker than a queue."""
 
     def __init__(
@@ -164,7 +135,7 @@ class _PreparedLoader(TrainLoader):
         return {"samples": self.samples, **self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        _require_same(state, self._identity())
+        require_same(state, self._identity())
         self.samples = int(state["samples"])
 
     def _identity(self) -> dict[str, Any]:
@@ -176,7 +147,7 @@ class _PreparedLoader(TrainLoader):
         }
 
 
-class _StreamedLoader(TrainLoader):
+class _StreamedLoader(TrainLoader[Batch]):
     """Takes batches from one worker process, which reads, tokenizes (in num_workers threads) and packs ahead.
 
     One process, so that there is one order; every batch brings the position after it along.
@@ -211,7 +182,7 @@ class _StreamedLoader(TrainLoader):
         """Continue at a saved position, or with another number of ranks, which share the source otherwise, at the
         begin of the source's next pass, in an order of its own.
         """
-        _require_same(state, self._identity())
+        require_same(state, self._identity())
         self.close()
         self.samples = int(state["samples"])
         self.position = Position(**state["position"])
@@ -293,17 +264,3 @@ class _WorkerSide(torch.utils.data.IterableDataset):
 
 def _as_it_is(item: Any) -> Any:
     return item
-
-
-def _require_same(state: dict[str, Any], identity: dict[str, Any]) -> None:
-    """Refuse a state of another order of the data, and say what differs."""
-    differing = [key for key in identity if state.get(key) != identity[key]]
-    if differing:
-        what = ", ".join(f"{key} was {state.get(key)!r} and is {identity[key]!r}" for key in differing)
-        raise ConfigError(
-            Problem(
-                "resume",
-                f"the checkpoint's position in the data does not fit this run: {what}",
-                "continue with the settings and data it was saved with, or start a new run",
-            )
-        )

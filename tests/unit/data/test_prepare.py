@@ -107,7 +107,7 @@ def test_fingerprint_changes_with_the_content(folder: Path, gpt2: TextTokenizer,
     names.add(source_fingerprint(config_for(folder), gpt2))
     file.rename(folder / "zz.txt")
     names.add(source_fingerprint(config_for(folder), gpt2))
-    monkeypatch.setattr(prepare, "_HASHED_BYTES", 0)  # a large source goes by size and time
+    monkeypatch.setattr(cache, "_HASHED_BYTES", 0)  # a large source goes by size and time
     names.add(by_time := source_fingerprint(config_for(folder), gpt2))
     os.utime(folder / "zz.txt", ns=(1, 1))
     assert source_fingerprint(config_for(folder), gpt2) != by_time
