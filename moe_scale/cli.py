@@ -15,7 +15,7 @@ TAKE_A_RECIPE = ("compare", "bench-checkpoint", "doctor", "launch", "plan")
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the tool that the command line names."""
     quiet()
-    from moe_scale.tools import bench, bench_checkpoint, compare, doctor, launch, plan, reshard, translate
+    from moe_scale.tools import bench, bench_checkpoint, compare, doctor, experts, launch, plan, reshard, translate
     from moe_scale.train.recipe import exit_codes
 
     modules: dict[str, Any] = {
@@ -23,6 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "bench-checkpoint": bench_checkpoint,
         "compare": compare,
         "doctor": doctor,
+        "experts": experts,
         "launch": launch,
         "plan": plan,
         "reshard": reshard,

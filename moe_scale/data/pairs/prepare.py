@@ -73,6 +73,10 @@ class PairSplit:
         """Target tokens of a pair, without begin and end."""
         return self._tokens[2 * index + 1]
 
+    def token_counts(self, vocab_size: int) -> np.ndarray:
+        """How often each token occurs on either side, [V] int64."""
+        return np.bincount(self._tokens.flat, minlength=vocab_size)
+
     def text(self, index: int) -> Pair:
         """A pair as text."""
         source, target = (self._texts[2 * index + side].tobytes().decode() for side in (0, 1))

@@ -40,6 +40,7 @@ class Ragged:
     """The rows that a :class:`RaggedWriter` wrote, read in place.
 
     Attributes:
+        flat: all elements.
         starts: first element of each row and, last, the end: [rows + 1] int64.
     """
 
@@ -48,15 +49,15 @@ class Ragged:
         self.starts = np.load(path.with_name(path.name + "_starts.npy"))
         flat = path.with_name(path.name + ".bin")
         # An empty file cannot be mapped.
-        self._flat = np.memmap(flat, dtype=dtype, mode="r") if flat.stat().st_size else np.empty(0, dtype=dtype)
-        if len(self._flat) != self.starts[-1]:
-            raise ValueError(f"{flat.name} has {len(self._flat)} elements, not {self.starts[-1]}")
+        self.flat = np.memmap(flat, dtype=dtype, mode="r") if flat.stat().st_size else np.empty(0, dtype=dtype)
+        if len(self.flat) != self.starts[-1]:
+            raise ValueError(f"{flat.name} has {len(self.flat)} elements, not {self.starts[-1]}")
 
     def __len__(self) -> int:
         return len(self.starts) - 1
 
     def __getitem__(self, row: int) -> np.ndarray:
-        return self._flat[self.starts[row] : self.starts[row + 1]]
+        return self.flat[self.starts[row] : self.starts[row + 1]]
 
     @property
     def lengths(self) -> np.ndarray:

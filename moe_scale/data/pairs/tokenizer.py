@@ -80,6 +80,12 @@ class PairTokenizer:
                 kept.append(index)
         return self._processor.decode(kept)
 
+    def piece(self, index: int) -> str | None:
+        """The text of one token, its blanks as blanks; empty for a single byte, None for tags and their like."""
+        if self._processor.is_control(index) or self._processor.is_unknown(index):
+            return None
+        return "" if self._processor.is_byte(index) else self._processor.id_to_piece(index).replace("\u2581", " ")
+
     def tag_id(self, language: str) -> int:
         """The token that begins a source to be translated into ``language``.
 
