@@ -46,14 +46,14 @@ class PairBatch(NamedTuple):
         return PairBatch(*(tensor.to(device, non_blocking=non_blocking) for tensor in self))
 
     @property
-    def num_source(self) -> torch.Tensor:
-        """Source tokens without padding, tags and ends included; a scalar, so that no device is waited for."""
-        return (self.source_BS != PAD_ID).sum()
+    def num_source(self) -> int:
+        """Source tokens without padding, tags and ends included. Waits for the device, if the batch is on one."""
+        return int((self.source_BS != PAD_ID).sum())
 
     @property
-    def num_target(self) -> torch.Tensor:
-        """Targets with a loss, ends included; a scalar."""
-        return (self.targets_BT != IGNORE).sum()
+    def num_target(self) -> int:
+        """Targets with a loss, ends included. Waits for the device, if the batch is on one."""
+        return int((self.targets_BT != IGNORE).sum())
 
 
 class PairItem(NamedTuple):

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
 
+from moe_scale.config import PairDataConfig
 from moe_scale.data.pairs.report import PairReport
 from moe_scale.errors import ConfigError, Problem
 
@@ -30,10 +31,18 @@ Texts = dict[str, str | None]
 
 Languages = frozenset[str]
 
+_CODES = (
+    "aa ab ae af ak am an ar as av ay az ba be bg bi bm bn bo br bs ca ce ch co cr cs cu cv cy da de dv dz ee el "
+    "en eo es et eu fa ff fi fj fo fr fy ga gd gl gn gu gv ha he hi ho hr ht hu hy hz ia id ie ig ii ik io is it "
+    "iu ja jv ka kg ki kj kk kl km kn ko kr ks ku kv kw ky la lb lg li ln lo lt lu lv mg mh mi mk ml mn mr ms mt "
+    "my na nb nd ne ng nl nn no nr nv ny oc oj om or os pa pi pl ps pt qu rm rn ro ru rw sa sc sd se sg si sk sl "
+    "sm sn so sq sr ss st su sv sw ta te tg th ti tk tl tn to tr ts tt tw ty ug uk ur uz ve vi vo wa wo xh yi yo "
+    "za zh zu"
+)
+ISO_639_1 = frozenset(_CODES.split())
+"""Codes that a suffix or a JSON field is recognised by where ``data.pairs`` names none."""
+
 _LANGUAGE = re.compile(r"[a-z]{2,3}")
-_NO_LANGUAGE = frozenset(
-    ("bak", "bz", "cfg", "csv", "db", "doc", "gz", "htm", "ini", "js", "json", "log", "md", "pdf", "pkl", "py", "sh")
-).union(("tar", "tgz", "tmp", "toml", "tsv", "txt", "xls", "xml", "xz", "yml", "zip", "zst"))
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
 
@@ -57,50 +66,44 @@ class PairFile:
         return not self.languages or set(direction.split("-")) <= set(self.languages)
 
 
-def is_language(name: str) -> bool:
-    """Whether ``name`` reads like a language code of ISO 639."""
-    return bool(_LANGUAGE.fullmatch(name)) and name not in _NO_LANGUAGE
-
-
-def find_files(source: str) -> tuple[list[PairFile], list[Path]]:
+def find_files(config: PairDataConfig) -> tuple[list[PairFile], list[Path]]:
     """The files of a source, sorted by name, and text files that have no partner; reads the tables' first lines.
 
     Raises:
         ConfigError: at ``data.source``, with every problem of the path and of the tables' headers.
     """
-    path = Path(source).expanduser()
+    path, codes = Path(config.source).expanduser(), languages_of(config) or ISO_639_1
     if path.is_dir():
-        root, candidates = (
-            path,
-            [file for file in sorted(path.rglob("*")) if file.is_file() and not _hidden(file, path)],
-        )
+        found = sorted(file for file in path.rglob("*") if file.is_file())
+        candidates = [file for file in found if not any(p.startswith(".") for p in file.relative_to(path).parts)]
     elif path.is_file():
-        root, candidates = path.parent, [path]
-        if _kind(path) == "text":
-            candidates = sorted(file for file in root.glob(f"{glob_escape(path.stem)}.*") if _kind(file) == "text")
-            if len(candidates) == 1:
-                raise ConfigError(
-                    _problem(f"{path} has no partner", f"put {path.stem}.XX beside it, XX the other language")
-                )
+        candidates = [path]
+        if _kind(path, codes) == "text":
+            candidates = sorted(file for file in path.parent.iterdir() if file.is_file() and file.stem == path.stem)
+            candidates = [file for file in candidates if _kind(file, codes) == "text"]
     else:
-        raise ConfigError(_problem(f"{source!r} does not exist", f"choose sample, opus_books, or {ALLOWED}"))
-    files, lone, problems = _group(candidates, root)
-    problems += [
-        _problem(f"{locked} cannot be read by this user")
-        for file in files
-        for locked in file.paths
-        if not os.access(locked, os.R_OK)
-    ]
+        raise ConfigError(_problem(f"{config.source!r} does not exist", f"choose sample, opus_books, or {ALLOWED}"))
+    files, lone, problems = _group(candidates, path if path.is_dir() else path.parent, codes)
+    paths = [one for file in files for one in file.paths]
+    problems += [_problem(f"{one} cannot be read by this user") for one in paths if not os.access(one, os.R_OK)]
     if problems:
         raise ConfigError(problems)
+    if lone and not files:
+        other = (
+            f"{lone[0].stem}.XX, where XX is one of {', '.join(sorted(codes))}"
+            if languages_of(config)
+            else (f"{lone[0].stem}.XX, where XX is the code of another language")
+        )
+        raise ConfigError(_problem(f"{lone[0]} has no partner", f"put beside it {other}"))
     if not files:
-        what = "has no file of a supported kind" if not lone else f"has only {lone[0].name}, without its partner"
+        what = "has no file of a supported kind" if path.is_dir() else "is of no supported kind"
         raise ConfigError(_problem(f"{path} {what}", ALLOWED))
     return files, lone
 
 
-def glob_escape(name: str) -> str:
-    return re.sub(r"([*?[])", r"[\1]", name)
+def languages_of(config: PairDataConfig) -> Languages | None:
+    """The languages that ``data.pairs`` names, None for no pairs."""
+    return frozenset(code for direction in config.pairs for code in direction.split("-")) or None
 
 
 def read_file(file: PairFile, languages: Languages | None, report: PairReport) -> Iterator[tuple[str, Texts]]:
@@ -134,12 +137,12 @@ def require_equal_lines(file: PairFile) -> None:
         raise ConfigError(_problem(f"{file.name}: lines do not correspond: {each}", "give files of equal length"))
 
 
-def _group(candidates: list[Path], root: Path) -> tuple[list[PairFile], list[Path], list[Problem]]:
+def _group(candidates: list[Path], root: Path, codes: Languages) -> tuple[list[PairFile], list[Path], list[Problem]]:
     files: list[PairFile] = []
     problems: list[Problem] = []
     stems: dict[Path, list[Path]] = {}
     for path in candidates:
-        name, kind = str(path.relative_to(root)), _kind(path)
+        name, kind = str(path.relative_to(root)), _kind(path, codes)
         if kind == "tsv":
             header, problem = _header(path)
             files.append(PairFile("tsv", name, (path,), header))
@@ -151,22 +154,20 @@ def _group(candidates: list[Path], root: Path) -> tuple[list[PairFile], list[Pat
     lone = [paths[0] for paths in stems.values() if len(paths) == 1]
     for stem, paths in stems.items():
         if len(paths) > 1:
-            codes = tuple(path.suffix[1:] for path in paths)
-            files.append(PairFile("text", f"{stem.relative_to(root)}.{{{','.join(codes)}}}", tuple(paths), codes))
+            languages = tuple(path.suffix[1:] for path in paths)
+            files.append(
+                PairFile("text", f"{stem.relative_to(root)}.{{{','.join(languages)}}}", tuple(paths), languages)
+            )
     return sorted(files, key=lambda file: file.name), lone, problems
 
 
-def _kind(path: Path) -> str | None:
+def _kind(path: Path, codes: Languages) -> str | None:
     lower = path.name.lower()
     if lower.endswith(".tsv"):
         return "tsv"
     if lower.endswith((".jsonl", ".jsonl.gz")):
         return "jsonl"
-    return "text" if is_language(path.suffix[1:]) else None
-
-
-def _hidden(file: Path, root: Path) -> bool:
-    return any(part.startswith(".") for part in file.relative_to(root).parts)
+    return "text" if path.suffix[1:] in codes else None
 
 
 def _header(path: Path) -> tuple[tuple[str, ...], Problem | None]:
@@ -178,7 +179,7 @@ def _header(path: Path) -> tuple[tuple[str, ...], Problem | None]:
         return (), _problem(f"{path} cannot be read ({error})", "give tables in UTF-8")
     except ConfigError as error:
         return (), error.problems[0]
-    unknown = [column for column in columns if not is_language(column)]
+    unknown = [column for column in columns if not _LANGUAGE.fullmatch(column)]
     if len(columns) < 2 or unknown or len(set(columns)) < len(columns):
         shown = "\\t".join(columns)[:60]
         allowed = "the first line names the language of each of two or more columns, separated by tabs, as en\\tde"
@@ -237,16 +238,21 @@ def _read_json_lines(file: PairFile, languages: Languages | None, report: PairRe
             except (ValueError, RecursionError) as error:
                 report.skip("not JSON", where, str(error))
                 continue
-            inner = record.get("translation", record) if isinstance(record, dict) else record
-            if isinstance(inner, dict):
-                yield where, _texts(inner, languages)
+            if isinstance(record, dict) and "translation" in record:
+                record, fields = record["translation"], ISO_639_1
             else:
-                report.skip("not a JSON object", where, type(inner).__name__)
+                fields = ISO_639_1 - {"id"}  # more often a number than Indonesian
+            if isinstance(record, dict):
+                yield where, _texts(record, languages, fields)
+            else:
+                report.skip("not a JSON object", where, type(record).__name__)
 
 
-def _texts(record: dict[str, Any], languages: Languages | None) -> Texts:
-    wanted = languages if languages is not None else {key for key in record if is_language(key)}
-    return {key: value if isinstance(value, str) else None for key, value in record.items() if key in wanted}
+def _texts(record: dict[str, Any], languages: Languages | None, fields: Languages) -> Texts:
+    """The texts of the languages that are wanted, or, with None, of all ``fields`` that have text."""
+    if languages is None:
+        return {key: value for key, value in record.items() if key in fields and isinstance(value, str)}
+    return {key: value if isinstance(value, str) else None for key, value in record.items() if key in languages}
 
 
 def _open(path: Path) -> IO[bytes]:

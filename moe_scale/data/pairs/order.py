@@ -12,6 +12,7 @@ import numpy as np
 
 from moe_scale.data.packing import SampleOrder
 from moe_scale.data.pairs.prepare import PairSplit
+from moe_scale.data.pairs.sentences import stable_hash
 
 SOURCE_EXTRA = 2
 """Tokens of a source beside its text: the language tag and the end."""
@@ -72,7 +73,11 @@ class EpochOrder:
         self.seed = seed
         self._members = [np.flatnonzero(split.direction_M == d) for d in range(len(split.directions))]
         self._quotas_D = direction_quotas(np.array([len(m) for m in self._members]), temperature)
-        self._orders = [SampleOrder(len(members), seed) for members in self._members]
+        self._orders = [
+            # A seed for each direction, or directions of equal size would draw the same sentences in each epoch.
+            SampleOrder(len(members), stable_hash(f"{seed} {name}"))
+            for members, name in zip(self._members, split.directions, strict=True)
+        ]
         self._held: dict[int, BatchList] = {}
 
     def epoch(self, epoch: int) -> BatchList:

@@ -26,7 +26,7 @@ from moe_scale.data import cache
 from moe_scale.data.pairs.ragged import Ragged, RaggedWriter
 from moe_scale.data.pairs.report import SPLITS, Pair, PairReport
 from moe_scale.data.pairs.sentences import sentence_key, stable_hash
-from moe_scale.data.pairs.sources import check_pair_source, read_pairs, source_paths
+from moe_scale.data.pairs.sources import check_pair_source, named_directions, read_pairs, source_paths
 from moe_scale.data.pairs.split import LEAKED, TRAIN, assign_splits
 from moe_scale.data.pairs.tokenizer import MAX_PIECE_LENGTH, PairTokenizer, train_tokenizer
 from moe_scale.errors import ConfigError, Problem, raise_if
@@ -90,7 +90,7 @@ class PreparedPairs:
     Attributes:
         folder: where the files are.
         tokenizer: trained on the training split.
-        directions: names of the directions, as ``en-de``; those of ``data.pairs`` in their order.
+        directions: names of the directions, as ``en-de``: those of ``data.pairs`` in their order, else sorted.
         report: what was read, and what was left out, when the pairs were prepared.
         manifest: what else is known: ``tokens`` per split (both sides), the tokenizer.
         fingerprint: equal for equal tokens in equal order, wherever the files are.
@@ -143,8 +143,8 @@ def prepare_pairs(config: PairDataConfig, vocab_size: int, say: Progress | None 
 
     The result depends on the files' names and content (for ``opus_books``, which is taken as it is on the hub at the
     first call, on its name), the directions, the tokenizer's settings, ``max_len`` and the held-out fractions only.
-    Any number of processes may call this at once. Texts are on disk while it works; memory takes about 100 bytes a
-    pair, and what SentencePiece needs for its training.
+    Any number of processes may call this at once. Texts are on disk while it works; memory takes a few hundred
+    bytes a pair, and what SentencePiece needs for its training.
 
     Args:
         vocab_size: entries of the tokenizer, ``model.vocab_size``.
@@ -229,7 +229,8 @@ def _build(config: PairDataConfig, vocab_size: int, folder: Path, say: Progress)
 def _read(config: PairDataConfig, report: PairReport, path: Path, say: Progress) -> _Read:
     """Every pair once, its texts written below ``path``."""
     seen: set[int] = set()
-    numbers: dict[str, int] = {direction: number for number, direction in enumerate(config.pairs)}
+    named = named_directions(config)
+    numbers: dict[str, int] = {direction: number for number, direction in enumerate(named)}
     directions, source_keys, target_keys = array.array("q"), array.array("Q"), array.array("Q")
     said = time.monotonic()
     with RaggedWriter(path, "u1") as texts:
@@ -247,8 +248,11 @@ def _read(config: PairDataConfig, report: PairReport, path: Path, say: Progress)
             if time.monotonic() - said > 1:
                 said = time.monotonic()
                 say(f"reading {config.source}: {len(directions):,} pairs")
-    arrays = (np.asarray(a) for a in (directions, source_keys, target_keys))
-    return _Read(Ragged(path, "u1"), list(numbers), *arrays)
+    names = list(named) or sorted(numbers)
+    places = np.array([names.index(name) for name in numbers])
+    return _Read(
+        Ragged(path, "u1"), names, places[np.asarray(directions)], np.asarray(source_keys), np.asarray(target_keys)
+    )
 
 
 class _SplitWriter:

@@ -85,4 +85,4 @@ class PairReport:
 
 
 def _counts(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{name} {count:,}" for name, count in counts.items())
+    return ", ".join(f"{name} {count:,}" for name, count in sorted(counts.items()))

@@ -27,6 +27,7 @@ __all__ = [
     "Pair",
     "PairReport",
     "check_pair_source",
+    "named_directions",
     "read_pairs",
     "source_paths",
 ]
@@ -45,7 +46,7 @@ def check_pair_source(config: PairDataConfig) -> list[Problem]:
     if config.source == OPUS_BOOKS:
         return hub.opus_books_problems(config.pairs)
     try:
-        found, _ = files.find_files(config.source)
+        found, _ = files.find_files(config)
     except ConfigError as error:
         return error.problems
     if not any(path.stat().st_size for file in found for path in file.paths):
@@ -70,7 +71,7 @@ def read_pairs(config: PairDataConfig, report: PairReport) -> Iterator[Pair]:
     """
     raise_if(check_pair_source(config))
     if config.source == SAMPLE:
-        yield from _sample_pairs(config.pairs or _sample_directions(), report)
+        yield from _sample_pairs(named_directions(config), report)
     elif config.source == OPUS_BOOKS:
         for name in dict.fromkeys(map(hub.configuration, config.pairs)):
             here = tuple(d for d in config.pairs if hub.configuration(d) == name)
@@ -81,6 +82,13 @@ def read_pairs(config: PairDataConfig, report: PairReport) -> Iterator[Pair]:
     _require_pairs(config, report)
 
 
+def named_directions(config: PairDataConfig) -> tuple[str, ...]:
+    """``data.pairs``, or the sample's default; empty where only reading the files tells."""
+    if config.source == SAMPLE and not config.pairs:
+        return tuple(f"{sample.ENGLISH}-{code}" for code in SAMPLE_LANGUAGES if code != sample.ENGLISH)
+    return config.pairs
+
+
 def source_paths(config: PairDataConfig) -> tuple[list[Path], Path | None]:
     """The files that a source consists of, and the folder to name them relative to; none for the hub."""
     if config.source == OPUS_BOOKS:
@@ -88,14 +96,10 @@ def source_paths(config: PairDataConfig) -> tuple[list[Path], Path | None]:
     if config.source == SAMPLE:
         paths = list(sample.catalogue_files().values())
         return paths, paths[0].parents[2] if paths else None
-    found, lone = files.find_files(config.source)
+    found, lone = files.find_files(config)
     path = Path(config.source).expanduser()
     root = path if path.is_dir() else path.parent
     return sorted([*(path for file in found for path in file.paths), *lone]), root
-
-
-def _sample_directions() -> tuple[str, ...]:
-    return tuple(f"{sample.ENGLISH}-{code}" for code in SAMPLE_LANGUAGES if code != sample.ENGLISH)
 
 
 def _sample_problems(directions: tuple[str, ...]) -> list[Problem]:
@@ -115,8 +119,7 @@ def _sample_pairs(directions: tuple[str, ...], report: PairReport) -> Iterator[P
 
 
 def _file_pairs(config: PairDataConfig, report: PairReport) -> Iterator[Pair]:
-    found, lone = files.find_files(config.source)
-    languages = frozenset(code for direction in config.pairs for code in direction.split("-")) or None
+    found, lone = files.find_files(config)
     for path in lone:
         report.skip("text file without a partner", path.name)
     used = [file for file in found if not config.pairs or any(map(file.may_have, config.pairs))]
@@ -127,7 +130,7 @@ def _file_pairs(config: PairDataConfig, report: PairReport) -> Iterator[Pair]:
         if file.kind == "text":
             files.require_equal_lines(file)
     for file in used:
-        for where, texts in files.read_file(file, languages, report):
+        for where, texts in files.read_file(file, files.languages_of(config), report):
             directions = config.pairs or (f"{a}-{b}" for a, b in itertools.permutations(texts, 2))
             yield from _pairs(where, texts, directions, report)
 

@@ -32,7 +32,7 @@ def assign_splits(
         ConfigError: at ``data.test_fraction``, when nothing would be left to train on.
     """
     distinct = np.unique(source_keys_M)  # sorted, so in the order of the hashes
-    num_test, num_valid = (math.ceil(fraction * len(distinct)) for fraction in (test_fraction, valid_fraction))
+    num_test, num_valid = (math.ceil(f * len(distinct) - 1e-9) for f in (test_fraction, valid_fraction))
     test, heldout = distinct[:num_test], distinct[: num_test + num_valid]
     split_M = np.full(len(source_keys_M), TRAIN, dtype=np.int8)
     split_M[np.isin(target_keys_M, heldout)] = LEAKED

@@ -10,13 +10,13 @@ import hashlib
 import io
 import random
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import sentencepiece
 
-from moe_scale.data.pairs.sentences import clean
+from moe_scale.data.pairs.sentences import clean, stable_hash
 from moe_scale.errors import ConfigError, Problem
 
 PAD_ID, UNK_ID, BOS_ID, EOS_ID = range(4)
@@ -139,7 +139,7 @@ def train_tokenizer(
         ConfigError: at ``model.vocab_size``, when the text does not give so many entries, or they do not hold its
             alphabet; says the largest or least possible.
     """
-    chosen = _draw(dict.fromkeys(sentences), _MAX_SENTENCES)
+    chosen = _draw(_distinct(sentences), _MAX_SENTENCES)
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -163,6 +163,14 @@ def train_tokenizer(
     except RuntimeError as error:
         raise _explained(error, vocab_size) from error
     return PairTokenizer(model.getvalue())
+
+
+def _distinct(sentences: Iterable[str]) -> Iterator[str]:
+    seen: set[int] = set()
+    for sentence in sentences:
+        if (identity := stable_hash(sentence)) not in seen:
+            seen.add(identity)
+            yield sentence
 
 
 def _draw(sentences: Iterable[str], count: int) -> list[str]:
