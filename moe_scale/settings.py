@@ -97,9 +97,15 @@ def to_yaml(config: RunConfig) -> str:
 
 
 def to_dict(config: Any) -> Nested:
-    """The configuration as nested plain values."""
-    plain = dataclasses.asdict(config)
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()}
+    """The configuration as nested plain values, as they come back from JSON or YAML."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: plain(inner) for name, inner in value.items()}
+        return list(value) if isinstance(value, tuple) else value
+
+    nested: Nested = plain(dataclasses.asdict(config))
+    return nested
 
 
 # ---------------------------------------------------------------------------------------------------------------------

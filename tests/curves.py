@@ -27,9 +27,12 @@ Curve = list[tuple[float, float]]
 class Runs:
     """Command lines and results of runs that share a model, data and the sequences of each step."""
 
+    recipe = "lm_16l"
+    tiny = TINY
+
     def __init__(self, folder: Path):
         self.folder = folder
-        (folder / "tiny.yaml").write_text(TINY)
+        (folder / "tiny.yaml").write_text(self.tiny)
         (folder / "ds.json").write_text(json.dumps(DS_JSON))
 
     def argv(
@@ -60,7 +63,7 @@ class Runs:
         listed = self.folder / f"cases_{world_size}.json"
         listed.write_text(json.dumps(list(cases.values())))
         worker = str(REPO / "tests" / "distributed" / "train_cases.py")
-        run_ranks(world_size, [worker, str(listed)], timeout=120 + 15 * len(cases))
+        run_ranks(world_size, [worker, str(listed), self.recipe], timeout=120 + 15 * len(cases))
 
     def curve(self, name: str) -> Curve:
         lines = (self.folder / name / "metrics.jsonl").read_text().splitlines(keepends=True)
@@ -89,6 +92,48 @@ class CharacterRuns(Runs):
         text = ("--data.source", str(self.folder / "text.jsonl"), "--data.tokenizer", str(self.folder / "tokenizer"))
         extra = ("--model.vocab_size", "128", *text, *extra)
         return super().argv(name, world_size, stage=stage, ds=ds, extra=extra)
+
+
+TINY_TRANSLATION = """
+max_steps: 20
+model: {num_encoder_layers: 1, num_decoder_layers: 1, d_model: 32, num_heads: 4, vocab_size: 300, dropout: 0.0}
+moe: {num_experts: 4, intermediate_size: 16}
+data: {batch_tokens: 128, max_len: 40, test_fraction: 0.1}
+optim: {warmup_steps: 2, lr: 0.003}
+eval: {every: 0, bleu_sentences: 5, test_sentences: 8, beam_size: 3}
+telemetry: {every: 1, tensorboard: false, wandb: "off"}
+"""
+
+
+class TranslationRuns(Runs):
+    """Runs of ``translation`` on made-up pairs: numbers in words, in two languages that write them in other orders."""
+
+    recipe = "translation"
+    tiny = TINY_TRANSLATION
+
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        write_pairs(folder / "pairs.tsv")
+
+    def argv(
+        self, name: str, world_size: int, *, stage: int, ds: tuple[str, ...] = (), extra: tuple[str, ...] = ()
+    ) -> list[str]:
+        data = ("--data.source", str(self.folder / "pairs.tsv"), "--data.cache_dir", str(self.folder / "cache"))
+        return super().argv(name, world_size, stage=stage, ds=ds, extra=(*data, *extra))
+
+    def translations(self, name: str) -> list[str]:
+        """The lines of a run's test translations."""
+        return (self.folder / name / "test_translations.jsonl").read_text().splitlines()
+
+
+def write_pairs(path: Path, count: int = 400) -> None:
+    """A TSV file of pairs of English and a German that says the last digit first."""
+    english = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    german = ["null", "eins", "zwei", "drei", "vier", "sechs", "sieben", "acht", "neun", "zehn"]
+    draw = random.Random(0)
+    numbers = [[draw.randrange(10) for _ in range(draw.randint(1, 6))] for _ in range(count)]
+    lines = [f"{' '.join(english[d] for d in n)}\t{' '.join(german[d] for d in reversed(n))}\n" for n in numbers]
+    path.write_text("en\tde\n" + "".join(lines))
 
 
 def assert_same(curves: dict[str, Curve], expected: Curve, loss: float = 1e-5, grad_norm: float = 1e-4) -> None:

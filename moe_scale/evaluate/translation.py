@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_scale.data.pairs.batches import NO_PAIR, PairBatch
+from moe_scale.data.pairs.sentences import clean
 from moe_scale.data.pairs.tokenizer import PairTokenizer
 from moe_scale.evaluate.decoding import Vocabulary, beam_search, greedy
 from moe_scale.evaluate.text_metrics import TextScores, text_scores
@@ -82,7 +83,8 @@ def translate(
         size, penalty = search.beam_size, search.length_penalty
         found = beam_search(model, source_BS, limits, words, beam_size=size, length_penalty=penalty)
         best = [hypotheses[0] for hypotheses in found]
-    return [(tokenizer.decode(h.ids), h.score(search.length_penalty)) for h in best]
+    # Cleaned as what a model learns from is: bytes that it was never shown could spell the end of a line.
+    return [(clean(tokenizer.decode(h.ids)), h.score(search.length_penalty)) for h in best]
 
 
 def translate_batches(

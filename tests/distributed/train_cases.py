@@ -1,8 +1,9 @@
-"""One rank that trains ``lm_16l`` several times: ``train_cases.py CASES.json``, a list of command lines.
+"""One rank that trains several times: ``train_cases.py CASES.json [RECIPE]``, a list of command lines of a recipe.
 
 Many runs share one start, because importing torch and DeepSpeed costs more than training a tiny model.
 """
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -12,10 +13,10 @@ import torch.distributed as dist
 from moe_scale.telemetry.quiet import quiet
 from moe_scale.train.loop import train
 from moe_scale.train.recipe import prepare_job
-from recipes.lm_16l import RECIPE
 
 if __name__ == "__main__":
     quiet()
-    for argv in json.loads(Path(sys.argv[1]).read_text()):
-        train(prepare_job(RECIPE, argv))
+    cases, recipe = [*sys.argv[1:], "lm_16l"][:2]
+    for argv in json.loads(Path(cases).read_text()):
+        train(prepare_job(importlib.import_module(f"recipes.{recipe}").RECIPE, argv))
     dist.destroy_process_group()
