@@ -91,7 +91,8 @@ def find_files(config: PairDataConfig) -> tuple[list[PairFile], list[Path]]:
     if lone and not files:
         others = sorted((languages_of(config) or frozenset()) - {lone[0].suffix[1:]})
         which = f"one of {', '.join(others)}" if others else "the code of another language"
-        raise ConfigError(_problem(f"{lone[0]} has no partner", f"put {lone[0].stem}.XX beside it, where XX is {which}"))
+        allowed = f"put {lone[0].stem}.XX beside it, where XX is {which}"
+        raise ConfigError(_problem(f"{lone[0]} has no partner", allowed))
     if not files:
         what = "has no file of a supported kind" if path.is_dir() else "is of no supported kind"
         raise ConfigError(_problem(f"{path} {what}", ALLOWED))
