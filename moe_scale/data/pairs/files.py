@@ -89,12 +89,10 @@ def find_files(config: PairDataConfig) -> tuple[list[PairFile], list[Path]]:
     if problems:
         raise ConfigError(problems)
     if lone and not files:
-        other = (
-            f"{lone[0].stem}.XX, where XX is one of {', '.join(sorted(codes))}"
-            if languages_of(config)
-            else (f"{lone[0].stem}.XX, where XX is the code of another language")
-        )
-        raise ConfigError(_problem(f"{lone[0]} has no partner", f"put beside it {other}"))
+        others = sorted((languages_of(config) or frozenset()) - {lone[0].suffix[1:]})
+        which = f"one of {', '.join(others)}" if others else "the code of another language"
+        allowed = f"put {lone[0].stem}.XX beside it, where XX is {which}"
+        raise ConfigError(_problem(f"{lone[0]} has no partner", allowed))
     if not files:
         what = "has no file of a supported kind" if path.is_dir() else "is of no supported kind"
         raise ConfigError(_problem(f"{path} {what}", ALLOWED))
@@ -181,7 +179,7 @@ def _header(path: Path) -> tuple[tuple[str, ...], Problem | None]:
         return (), error.problems[0]
     unknown = [column for column in columns if not _LANGUAGE.fullmatch(column)]
     if len(columns) < 2 or unknown or len(set(columns)) < len(columns):
-        shown = "\\t".join(columns)[:60]
+        shown = "\t".join(columns)[:60]
         allowed = "the first line names the language of each of two or more columns, separated by tabs, as en\\tde"
         return (), _problem(f"{path} begins with the line {shown!r}", allowed)
     return columns, None

@@ -1,0 +1,106 @@
+"""SentencePiece vocabularies: exact both ways, tags that no text makes, the same at every training."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_scale.data.pairs import tokenizer as tokenizer_module
+from moe_scale.data.pairs.prepare import PreparedPairs
+from moe_scale.data.pairs.sentences import clean
+from moe_scale.data.pairs.tokenizer import PairTokenizer, train_tokenizer
+from moe_scale.errors import ConfigError
+
+SENTENCES = [f"sentence number {n} of {n * n} about häuser and {'abcdefgh'[n % 8] * 3}" for n in range(300)]
+
+
+@pytest.fixture(scope="module", params=["unigram", "bpe"])
+def tokenizer(request: pytest.FixtureRequest) -> PairTokenizer:
+    return train_tokenizer(SENTENCES, ["de", "fr"], kind=request.param, vocab_size=400)
+
+
+def test_round_trip(tokenizer: PairTokenizer) -> None:
+    text_of = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581"))
+
+    @settings(max_examples=300, deadline=None)
+    @given(text_of)
+    def check(text: str) -> None:
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == clean(text)
+        assert tokenizer.encode_batch([text, ""]) == [ids, []]
+        assert tokenizer.unk_id not in ids
+        assert len(clean(text)) <= len(ids) * tokenizer_module.MAX_PIECE_LENGTH  # what spares huge lines
+
+    check()
+
+
+def test_special_tokens_are_never_made_from_text(tokenizer: PairTokenizer) -> None:
+    text = "<2de> <pad> <unk> <s> </s> <0x41> <2fr>"
+    special = {tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.tag_id("de"), tokenizer.tag_id("fr")}
+    assert len(special) == 5
+    ids = tokenizer.encode(text)
+    assert not special & set(ids)
+    assert tokenizer.decode(ids) == text
+
+
+def test_decode_stops_at_the_end(tokenizer: PairTokenizer) -> None:
+    one, two = tokenizer.encode("one"), tokenizer.encode("two")
+    t = tokenizer
+    assert t.decode([t.tag_id("de"), t.bos_id, *one, t.pad_id, t.eos_id, *two]) == "one"
+    assert t.decode([]) == ""
+
+
+def test_unknown_language(tokenizer: PairTokenizer) -> None:
+    assert tokenizer.languages == ["de", "fr"]
+    with pytest.raises(ConfigError, match=r"^to: no translation into 'en' was learned; choose from de, fr$"):
+        tokenizer.tag_id("en")
+
+
+def test_saved_and_pickled(tokenizer: PairTokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path / "t.model")
+    for other in (PairTokenizer.load(tmp_path / "t.model"), pickle.loads(pickle.dumps(tokenizer))):
+        assert other.fingerprint == tokenizer.fingerprint
+        assert other.vocab_size == tokenizer.vocab_size == 400
+        assert other.encode("sentence of häuser") == tokenizer.encode("sentence of häuser")
+
+
+@pytest.mark.parametrize("kind", ["unigram", "bpe"])
+def test_training_is_deterministic_and_counts_a_sentence_once(kind, capfd: pytest.CaptureFixture[str]) -> None:
+    once = train_tokenizer(SENTENCES, ["fr", "de"], kind=kind, vocab_size=400)
+    again = train_tokenizer(iter(SENTENCES + SENTENCES[:100] * 9), ["de", "fr"], kind=kind, vocab_size=400)
+    assert once.fingerprint == again.fingerprint
+    assert once.fingerprint != train_tokenizer(SENTENCES, ["de"], kind=kind, vocab_size=400).fingerprint
+    assert capfd.readouterr() == ("", "")  # SentencePiece keeps its log to itself
+
+
+def test_many_sentences_are_drawn_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = tokenizer_module._draw([str(n) for n in range(10_000)], 1000)
+    assert drawn == tokenizer_module._draw([str(n) for n in range(10_000)], 1000)
+    assert len(set(drawn)) == 1000
+    assert sum(map(int, drawn)) / 1000 == pytest.approx(5000, abs=3 * 2887 / 1000**0.5)  # 3 standard errors
+    monkeypatch.setattr(tokenizer_module, "_MAX_SENTENCES", 100)
+    assert train_tokenizer(SENTENCES, ["de"], kind="bpe", vocab_size=330).vocab_size == 330
+
+
+@pytest.mark.parametrize("kind", ["unigram", "bpe"])
+def test_impossible_sizes_name_the_possible_one(kind) -> None:
+    for size, direction in ((5000, "at most"), (270, "at least")):
+        with pytest.raises(ConfigError) as refused:
+            train_tokenizer(SENTENCES, ["de"], kind=kind, vocab_size=size)
+        (problem,) = refused.value.problems
+        assert problem.where == "model.vocab_size"
+        assert direction in problem.allowed
+        possible = int(problem.allowed.split(direction)[1].split(",")[0])
+        assert train_tokenizer(SENTENCES, ["de"], kind=kind, vocab_size=possible).vocab_size == possible
+
+
+def test_files_that_are_no_vocabulary(tmp_path: Path, sample_pairs: PreparedPairs) -> None:
+    (tmp_path / "bad.model").write_bytes(b"no model")
+    for name in ("bad.model", "missing.model"):
+        with pytest.raises(ConfigError, match=f"{name}: not a vocabulary"):
+            PairTokenizer.load(tmp_path / name)
+    assert PairTokenizer.load(sample_pairs.folder / "tokenizer.model").languages == ["de", "el", "en"]
