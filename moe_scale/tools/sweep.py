@@ -222,7 +222,9 @@ def _train(plan: Plan, folder: Path, parallel: int, stored: Plan | None) -> bool
 
 def _described(plan: Plan, folder: Path) -> list[str]:
     """The trials with their commands; those that are finished say so."""
-    lines = [f"# {len(plan.trials)} trials, checked for {plan.ranks} ranks, compared by {plan.metric}"]
+    lines = [
+        f"# {len(plan.trials)} trials of {plan.ranks} rank{'s' if plan.ranks > 1 else ''}, compared by {plan.metric}"
+    ]
     for planned in plan.trials:
         what = " ".join(f"{name}={value}" for name, value in planned.trial.settings.items()) or "as the recipe is"
         done = ", finished" if is_finished(planned, plan.metric, folder) else ""

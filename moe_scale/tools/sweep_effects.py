@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +23,7 @@ MIN_ERROR_DF = 3
 """Fewer degrees of freedom than these say next to nothing about the noise."""
 MIN_DRAWS = 8
 DRAWN_F = 200_000
-PERMUTATIONS = 5_000
+PERMUTATIONS = 2_000
 MAX_BINS = 5
 
 Array = NDArray[np.float64]
@@ -159,7 +160,7 @@ def _of_grid(observations: Sequence[Observation], factors: Sequence[str]) -> Eff
         effects.append(Effect(name, _levels(group, y), share, p, None, None, verdict))
     what = "repeats of the same settings" if within_df else "what the sum of the effects leaves, interactions included"
     text = f"{what}: {error_df} degree{'' if error_df == 1 else 's'} of freedom" if error_df else ""
-    few = f"Too few trials to tell effects from noise: add --repeats or values (now {error_df} degrees of freedom)."
+    few = "Too few trials to tell effects from noise: add --repeats, or values."
     return Effects(tuple(effects), error=text, remark=few if error_df < MIN_ERROR_DF else "")
 
 
@@ -176,12 +177,16 @@ def _additive(y: Array, groups: Sequence[_Groups]) -> tuple[float, int]:
 
 def _p_of_f(squares: float, freedom: int, error: float, error_df: int) -> float:
     """P(F >= the observed one) without an effect, for normal noise, from draws of the two chi-squares."""
-    draw = np.random.default_rng(0)
-    by_chance = draw.chisquare(freedom, DRAWN_F) / freedom / (draw.chisquare(error_df, DRAWN_F) / error_df)
     if error <= 0:
         return 1.0 if squares <= 0 else 1 / DRAWN_F
     observed = (squares / freedom) / (error / error_df)
-    return (1 + int((by_chance >= observed).sum())) / (1 + DRAWN_F)
+    return (1 + int((_f_by_chance(freedom, error_df) >= observed).sum())) / (1 + DRAWN_F)
+
+
+@lru_cache(maxsize=16)
+def _f_by_chance(freedom: int, error_df: int) -> Array:
+    draw = np.random.default_rng(0)
+    return draw.chisquare(freedom, DRAWN_F) / freedom / (draw.chisquare(error_df, DRAWN_F) / error_df)
 
 
 # --- draws -----------------------------------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ def _save(figure: Any, report: Report, path: Path) -> None:
     """The picture with a line on where its figures come from."""
     import matplotlib.pyplot as plt
 
-    text = textwrap.fill(report.notes[-1].replace("`", ""), int(15 * figure.get_figwidth()))
+    text = textwrap.fill(report.notes[-1].replace("`", ""), int(17 * figure.get_figwidth()))
     figure.supxlabel(text.replace("$", r"\$"), fontsize=6, color="0.35", x=0.01, ha="left")
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -138,11 +138,17 @@ def _plot_curves(report: Report, score: str) -> Any:
     figure, axes = plt.subplots(1, 3, figsize=(17, 5.0), layout="constrained", sharey=True)
     colours = colours_of(report)
     lines = {}
-    for row in reversed(report.rows):  # the best ones last, on top
+    for place, row in reversed(list(enumerate(report.rows))):  # the best ones last, on top
         points = [point for point in row.points if point.scores.get(score) is not None]
         label = label_of(report, row)
         colour = colours.get(label)
-        style: dict[str, Any] = {"color": colour or "0.8", "zorder": 3 if colour else 1, "linewidth": 1.6, "alpha": 0.9}
+        # Thick under thin: curves that coincide stay visible.
+        style: dict[str, Any] = {
+            "color": colour or "0.8",
+            "zorder": 3 if colour else 1,
+            "linewidth": 1.4 + 2.4 * place / len(report.rows) if colour else 0.8,
+            "alpha": 0.9,
+        }
         for panel, (key, _) in zip(axes, AXES, strict=True):
             xy = [(getattr(point, key), point.scores[score]) for point in points if getattr(point, key) is not None]
             if xy:

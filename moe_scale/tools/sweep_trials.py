@@ -77,8 +77,8 @@ class Space:
 
     @property
     def varied(self) -> list[str]:
-        """Dotted names of all settings that any two trials may differ in."""
-        own = [*self.grid, *(draw.name for draw in self.draws), *(["seed"] if self.seeds else [])]
+        """Dotted names of all settings that trials may differ in, but for the seed of repeats."""
+        own = [*self.grid, *(draw.name for draw in self.draws)]
         return list(dict.fromkeys([*own, *(name for fixed in self.variants.values() for name in fixed)]))
 
     @property
