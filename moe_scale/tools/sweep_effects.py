@@ -56,7 +56,7 @@ class Effect:
 
     Attributes:
         setting: its dotted name, or ``variant``.
-        levels: in the order of the plan.
+        levels: numbers in their order, others in that of the plan.
         share: of the metric's variance, eta squared; None where the metric does not vary.
         p: probability of such an effect, or a larger one, by chance alone; None where it cannot be told.
         rank_correlation: Spearman's, of drawn numbers.
@@ -266,6 +266,8 @@ def _verdict(p: float | None) -> str:
 
 def _by_value(values: Sequence[str]) -> _Groups:
     names = list(dict.fromkeys(values))
+    if numbers_of(names):
+        names.sort(key=float)
     return _Groups(names, np.array([names.index(value) for value in values], dtype=np.int64))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,9 +47,14 @@ def _save(figure: Any, report: Report, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     text = textwrap.fill(report.notes[-1].replace("`", ""), int(17 * figure.get_figwidth()))
-    figure.supxlabel(text.replace("$", r"\$"), fontsize=6, color="0.35", x=0.01, ha="left")
+    figure.supxlabel(_plain(text), fontsize=6, color="0.35", x=0.01, ha="left")
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _plain(text: str) -> str:
+    """Text in which a dollar begins no formula."""
+    return text.replace("$", r"\$")
 
 
 # --- the metric against each setting ---------------------------------------------------------------------------------
@@ -96,11 +102,11 @@ def _plot_setting(panel: Any, name: str, rows: Sequence[Row], report: Report) ->
             *zip(*sorted(means.items()), strict=True), style, color=COLOURS[1], markersize=22, markeredgewidth=2.5
         )
     if numbers is None:
-        panel.set_xticks(range(len(shown)), [textwrap.fill(text, 14) for text in shown], fontsize=8)
+        panel.set_xticks(range(len(shown)), [textwrap.fill(_plain(text), 14) for text in shown], fontsize=8)
         panel.set_xlim(-0.5, len(shown) - 0.5)
     else:
         _scale_of(panel, numbers)
-        if not plan.drawn and len(set(texts)) <= 8:
+        if not binned and len(set(texts)) <= 8:
             panel.set_xticks(sorted(set(numbers)), [f"{number:g}" for number in sorted(set(numbers))])
             panel.minorticks_off()
     title = name
@@ -138,15 +144,18 @@ def _plot_curves(report: Report, score: str) -> Any:
     figure, axes = plt.subplots(1, 3, figsize=(17, 5.0), layout="constrained", sharey=True)
     colours = colours_of(report)
     lines = {}
-    for place, row in reversed(list(enumerate(report.rows))):  # the best ones last, on top
+    labels = labels_of(report)
+    evaluated = [row for row in report.rows if row.points]
+    for row in sorted(evaluated, key=lambda row: -labels.index(label_of(report, row))):  # the best ones last, on top
         points = [point for point in row.points if point.scores.get(score) is not None]
         label = label_of(report, row)
         colour = colours.get(label)
         # Thick under thin: curves that coincide stay visible.
+        width = 1.3 + 1.7 * labels.index(label) / len(labels) if colour else 0.8
         style: dict[str, Any] = {
             "color": colour or "0.8",
             "zorder": 3 if colour else 1,
-            "linewidth": 1.4 + 2.4 * place / len(report.rows) if colour else 0.8,
+            "linewidth": width,
             "alpha": 0.9,
         }
         for panel, (key, _) in zip(axes, AXES, strict=True):
@@ -165,7 +174,7 @@ def _plot_curves(report: Report, score: str) -> Any:
     hidden = len(lines) - len(handles)
     title = "best first" + (f"; {hidden} others in grey" if hidden > 0 else "")
     figure.legend(
-        handles.values(), handles.keys(), loc="outside right upper", fontsize=8, title=title, title_fontsize=8
+        handles.values(), map(_plain, handles), loc="outside right upper", fontsize=8, title=title, title_fontsize=8
     )
     return figure
 
@@ -178,9 +187,21 @@ def label_of(report: Report, row: Row) -> str:
     return ", ".join(parts) or f"seed {trial.settings['seed']}"
 
 
+def labels_of(report: Report) -> list[str]:
+    """Labels of all trials that have been evaluated, the best mean over repeats first, and unfinished ones last."""
+    metric, sign = report.plan.metric, 1 if report.plan.scores[report.plan.metric] == "lower" else -1
+    ends: dict[str, list[float]] = {}
+    for row in report.rows:
+        if row.points:
+            value = row.score(metric)
+            worst = not row.is_finished or value is None
+            ends.setdefault(label_of(report, row), []).append(math.inf if worst else sign * float(value or 0.0))
+    return sorted(ends, key=lambda label: sum(ends[label]) / len(ends[label]))
+
+
 def colours_of(report: Report) -> dict[str, str]:
     """A colour for each label, the best first; beyond :data:`MAX_LINES` for the best and the worst alone."""
-    labels = list(dict.fromkeys(label_of(report, row) for row in report.rows if row.points))
+    labels = labels_of(report)
     if len(labels) > MAX_LINES:
         labels = [*labels[:ENDS], *labels[-ENDS:]]
     return dict(zip(labels, COLOURS, strict=False))
