@@ -17,6 +17,7 @@ from typing import Any
 from moe_scale.errors import ConfigError, Problem, raise_if
 from moe_scale.parallel import device as devices
 from moe_scale.parallel import launch as launches
+from moe_scale.telemetry.provenance import hide_arguments
 from moe_scale.tools import sweep_plan
 from moe_scale.tools.arguments import not_empty, not_negative, positive
 from moe_scale.tools.compare import load_recipe
@@ -51,7 +52,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='settings that go together: --variant "moe:" --variant "dense: moe.enabled=false"',
     )  # fmt: skip
     what.add_argument(
-        "--repeats", type=positive, default=1, metavar="N", help="trials of the same settings with seeds of their own"
+        "--repeats",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="trials of the same settings with seeds of their own [%(default)s]",
     )
     how = parser.add_argument_group("how")
     how.add_argument("--metric", type=not_empty, help="held-out score that counts [the first of the recipe's task]")
@@ -119,6 +124,8 @@ def _contradictions(arguments: argparse.Namespace, settings: list[str]) -> list[
         for name in OF_A_TRIAL
         if name in _names(settings)
     ]
+    if arguments.draw_seed and not arguments.draw:
+        found.append(Problem("--draw_seed", "is of draws, and there are none", "leave it out, or give --draw"))
     if arguments.parallel > 1 and (arguments.wandb_sweep or arguments.trial is not None):
         found.append(Problem("--parallel", "with trials that W&B agents start", "leave it out: start several agents"))
     if arguments.trial is not None:
@@ -154,7 +161,9 @@ def _names(settings: list[str]) -> set[str]:
 
 def _asked(arguments: argparse.Namespace, settings: list[str]) -> dict[str, Any]:
     """What another start has to give as well."""
-    return {"recipe": arguments.recipe, "settings": settings} | {n: getattr(arguments, n) for n in OF_THE_PLAN}
+    return {"recipe": arguments.recipe, "settings": hide_arguments(settings)} | {
+        n: getattr(arguments, n) for n in OF_THE_PLAN
+    }
 
 
 def _plan(
@@ -172,6 +181,7 @@ def _plan(
         recipe,
         trials,
         jobs,
+        settings,
         recipe_file=arguments.recipe,
         arguments=_asked(arguments, settings),
         factors=space.factors,

@@ -117,7 +117,9 @@ def main_effects(observations: Sequence[Observation], factors: Sequence[str], *,
     spread = repeat_spread(observations)
     factors = [name for name in factors if len({o.levels[name] for o in observations}) > 1]
     if not factors:
-        return Effects((), len(observations), spread, "", "Nothing to compare: no setting has two values with an end.")
+        return Effects(
+            (), len(observations), spread, "", "Nothing to compare: no two values of a setting have finished trials."
+        )
     found = _of_draws(observations, factors) if drawn else _of_grid(observations, factors)
     effects = tuple(sorted(found.effects, key=lambda effect: -(effect.share or 0)))
     return Effects(effects, len(observations), spread, found.error, found.remark)
@@ -146,7 +148,8 @@ def _of_grid(observations: Sequence[Observation], factors: Sequence[str]) -> Eff
     left, rank = _additive(y, list(groups.values()))
     within, within_df = _within_cells(observations)
     # Repeats tell the noise itself; what an additive model leaves has the interactions in it as well.
-    error, error_df = (within, within_df) if within_df else (left, len(y) - rank)
+    by_repeats = within_df >= MIN_ERROR_DF
+    error, error_df = (within, within_df) if by_repeats else (left, len(y) - rank)
     total = _squares(y)
     effects = []
     for name, group in groups.items():
@@ -158,7 +161,7 @@ def _of_grid(observations: Sequence[Observation], factors: Sequence[str]) -> Eff
         p = _p_of_f(squares, freedom, error, error_df) if error_df >= MIN_ERROR_DF and freedom else None
         verdict = _verdict(p) if share is not None else "the metric does not vary"
         effects.append(Effect(name, _levels(group, y), share, p, None, None, verdict))
-    what = "repeats of the same settings" if within_df else "what the sum of the effects leaves, interactions included"
+    what = "repeats of the same settings" if by_repeats else "what the sum of the effects leaves, interactions included"
     text = f"{what}: {error_df} degree{'' if error_df == 1 else 's'} of freedom" if error_df else ""
     few = "Too few trials to tell effects from noise: add --repeats, or values."
     return Effects(tuple(effects), error=text, remark=few if error_df < MIN_ERROR_DF else "")

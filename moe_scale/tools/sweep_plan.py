@@ -133,10 +133,15 @@ def _with_trials(problem: Problem, names: list[str], of: int) -> Problem:
 
 
 def make_plan(
-    recipe: Recipe, trials: Sequence[Trial], jobs: Mapping[str, Job], *, recipe_file: str, **rest: Any
+    recipe: Recipe,
+    trials: Sequence[Trial],
+    jobs: Mapping[str, Job],
+    settings: list[str],
+    *,
+    recipe_file: str,
+    **rest: Any,
 ) -> Plan:
     """The plan of checked trials; ``rest`` are the other attributes of :class:`Plan`."""
-    settings = rest["arguments"]["settings"]
     planned = []
     for trial in trials:
         job = jobs[trial.name]
@@ -168,14 +173,17 @@ def commit_text(source: Mapping[str, Any] | None) -> str:
 
 
 def write_plan(plan: Plan, folder: Path) -> None:
-    """Write ``sweep.json``.
+    """Write ``sweep.json``, without what looks like a secret.
 
     Raises:
         ConfigError: if the folder cannot be written.
     """
+    content = {"format": FORMAT, **asdict(plan)}
+    for trial in content["trials"]:
+        trial["argv"] = hide_arguments(trial["argv"])
     try:
         (folder / "trials").mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / FILE, json.dumps({"format": FORMAT, **asdict(plan)}, indent=1).encode() + b"\n")
+        write_atomically(folder / FILE, json.dumps(content, indent=1).encode() + b"\n")
     except OSError as error:
         what = f"{folder} cannot be written: {error.strerror}"
         raise ConfigError(Problem("output_dir", what, "choose another folder", this_host_only=True)) from None

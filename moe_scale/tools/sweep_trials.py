@@ -329,6 +329,8 @@ def trial_name(shown: Mapping[str, str], taken: set[str], number: int | None = N
         key = short if last.count(short) == 1 else name
         parts.append(_slug(value) if name == "variant" else f"{_slug(key)}-{_slug(value)}")
     name = "_".join(parts) or "trial"
+    if name.endswith((".log", ".failed")):  # what the files of other trials end in
+        name += "_"
     if len(name) > MAX_NAME:
         mark = hashlib.sha256(repr(sorted(shown.items())).encode()).hexdigest()[:8]
         name = f"{name[: MAX_NAME - 12]}_{mark}"

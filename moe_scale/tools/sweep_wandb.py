@@ -7,6 +7,7 @@ The agent replaces ``${args}`` in the file's command by one word ``--name=value`
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -41,7 +42,7 @@ def sweep_file(space: Space, plan: Plan, settings: Sequence[str], *, project: st
     command = ["moe-scale", "sweep", plan.recipe, "--output_dir", str(folder)]
     command += ["--ranks", str(plan.ranks)] if plan.ranks > 1 else []
     for name, fixed in space.variants.items():
-        command += ["--variant", f"{name}: {' '.join(f'{key}={_quoted(value)}' for key, value in fixed.items())}"]
+        command += ["--variant", f"{name}: {' '.join(f'{key}={shlex.quote(value)}' for key, value in fixed.items())}"]
     return {
         "program": plan.recipe,
         "project": project,
@@ -61,10 +62,6 @@ def _distribution(draw: Draw) -> dict[str, Any]:
         return {"distribution": "int_uniform", "min": int(draw.low), "max": int(draw.high)}
     distribution = {"log": "log_uniform_values", "uniform": "uniform"}[draw.kind]
     return {"distribution": distribution, "min": draw.low, "max": draw.high}
-
-
-def _quoted(value: str) -> str:
-    return f"'{value}'" if " " in value else value
 
 
 def write_sweep_file(content: Mapping[str, Any], path: Path) -> None:

@@ -100,6 +100,11 @@ def test_names_of_trials_are_different_and_safe(names: list[str], data: st.DataO
     assert max(map(len, found)) <= MAX_NAME
 
 
+def test_a_folder_is_never_named_as_another_trials_log() -> None:
+    variants = {"a": {}, "a.log": {"b": "1"}, "a.failed": {"b": "2"}}
+    assert [trial.name for trial in make_trials(space(variants=variants))] == ["a", "a.log_", "a.failed_"]
+
+
 def test_words_of_settings() -> None:
     given = {"moe.top_k": "-1", "data.path": "a b", "deepspeed_override": "zero_optimization.stage=1 x='y z'"}
     expected = ["--moe.top_k=-1", "--data.path=a b", "--deepspeed_override", "zero_optimization.stage=1", "x=y z"]
@@ -201,6 +206,16 @@ def test_without_repeats_the_interactions_count_as_noise() -> None:
     assert all("not told from noise" in effect.verdict for effect in found.effects)
     assert found.repeat_spread is None
     assert "9 degrees of freedom" in found.error
+
+
+def test_one_repeat_alone_is_no_measure_of_noise() -> None:
+    values = {(a, b): [float(10 * int(a) + (int(a) * int(b)) % 3)] for a in "0123" for b in "0123"}
+    values["0", "0"].append(0.001)
+    found = main_effects(observed(values), ["a", "b"], drawn=False)
+    assert found.repeat_spread == pytest.approx(0.001 / np.sqrt(2))
+    assert "interactions included: 10 degrees" in found.error
+    assert found.effects[0].verdict.startswith("clear")
+    assert found.effects[1].verdict.startswith("not told from noise")
 
 
 def test_a_trial_that_failed_does_not_make_an_effect_of_another_setting() -> None:
@@ -428,6 +443,9 @@ def test_a_plan_is_read_as_it_was_written(swept: tuple[Plan, Path]) -> None:
     plan, folder = swept
     sweep_plan.write_plan(plan, folder)
     assert sweep_plan.read_plan(folder) == plan
+    secret = [Planned(**{**vars(p), "argv": ["--x.api_key", "s3cret"]}) for p in plan.trials]
+    sweep_plan.write_plan(Plan(**{**vars(plan), "trials": secret}), folder)
+    assert "s3cret" not in (folder / "sweep.json").read_text()
 
 
 def test_folders_that_hold_something_else(tmp_path: Path) -> None:
@@ -507,6 +525,7 @@ def test_problems_of_all_trials_come_before_any_training(tmp_path: Path, capsys:
         (["--grid", "moe.no_such=1,2"], "moe.no_such: no such setting"),
         (["--report_only"], "--report_only: {folder} holds no sweep"),
         (["--wandb_sweep", "w.yaml", "--parallel", "2"], "--parallel: with trials that W&B agents start"),
+        (["--draw_seed", "3"], "--draw_seed: is of draws, and there are none"),
         (["--trial", "a=1"], "--grid: with --trial, which is one trial"),
     ],
 )
