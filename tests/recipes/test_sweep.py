@@ -22,7 +22,7 @@ from tests.recipes.test_launchers import Launch
 
 pytestmark = pytest.mark.slow
 RECIPE = "recipes/lm_16l.py"
-STEPS = 60
+STEPS = 40
 TOOL = [sys.executable, "-m", "moe_scale.cli", "sweep"]
 
 FLAKY = """
@@ -65,12 +65,21 @@ def lines_of(run: Path) -> int:
 def test_a_sweep_that_is_stopped_goes_on(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In the middle of its second trial, as a batch system stops it."""
     out = tmp_path / "sweep"
-    what = ["--grid", "moe.num_experts=2,4", "--grid", "moe.aux_loss_weight=0,0.01", "--max_steps", str(STEPS)]
+    what = [
+        "--grid",
+        "moe.num_experts=2,4",
+        "--grid",
+        "moe.aux_loss_weight=0,0.01",
+        "--max_steps",
+        str(STEPS),
+        "--eval.every",
+        "20",
+    ]
     argv = [*TOOL, RECIPE, *what, *flags]
     names = [f"num_experts-{n}_aux_loss_weight-{w}" for n in (2, 4) for w in ("0", "0.01")]
     run = out / "trials" / names[1]
     with Launch(argv, tmp_path / "first.out") as launch:
-        assert launch.wait(until=lambda: lines_of(run) >= 8) is None, launch.output()
+        assert launch.wait(until=lambda: lines_of(run) >= 4) is None, launch.output()
         launch.process.send_signal(signal.SIGTERM)
         assert launch.wait() == EXIT_PREEMPTED, launch.output()
         launch.assert_nothing_left()
