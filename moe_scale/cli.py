@@ -8,14 +8,25 @@ from typing import Any
 
 from moe_scale.telemetry.quiet import quiet
 
-TAKE_A_RECIPE = ("compare", "bench-checkpoint", "doctor", "launch", "plan")
+TAKE_A_RECIPE = ("compare", "bench-checkpoint", "doctor", "launch", "plan", "sweep")
 """Tools that hand what they do not know to the recipe that they are given."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the tool that the command line names."""
     quiet()
-    from moe_scale.tools import bench, bench_checkpoint, compare, doctor, experts, launch, plan, reshard, translate
+    from moe_scale.tools import (
+        bench,
+        bench_checkpoint,
+        compare,
+        doctor,
+        experts,
+        launch,
+        plan,
+        reshard,
+        sweep,
+        translate,
+    )
     from moe_scale.train.recipe import exit_codes
 
     modules: dict[str, Any] = {
@@ -27,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "launch": launch,
         "plan": plan,
         "reshard": reshard,
+        "sweep": sweep,
         "translate": translate,
     }
     parser = argparse.ArgumentParser(prog="moe-scale", description="Tools around training mixture-of-experts models.")

@@ -210,7 +210,8 @@ def open_wandb(
 
 def start_wandb(run_dir: Path, mode: str, *, resumed: bool, **arguments: Any) -> WandbSink:
     """``wandb.init`` with every wait bounded. A resumed online run continues the one that ``wandb_run_id`` names;
-    an offline one is a run of its own at each start, since what was written before may not be uploaded yet.
+    an offline one is a run of its own at each start, since what was written before may not be uploaded yet. Under
+    ``wandb agent`` the run is the one that the agent names.
     """
     import wandb
 
@@ -235,10 +236,14 @@ def start_wandb(run_dir: Path, mode: str, *, resumed: bool, **arguments: Any) ->
     if mode == "online" and resumed and id_file.exists():
         run_id = id_file.read_text().strip() or run_id
     arguments |= {"mode": mode, "resume": "allow" if mode == "online" else None}
-    run = wandb.init(dir=str(run_dir), id=run_id, settings=settings, **arguments)
+    if os.environ.get("WANDB_SWEEP_ID"):
+        del arguments["project"]  # of a sweep's agent, as the run's id: W&B would warn that it passes over others
+    else:
+        arguments["id"] = run_id
+    run = wandb.init(dir=str(run_dir), settings=settings, **arguments)
     run.define_metric("*", step_metric="step")
     if mode == "online":
-        id_file.write_text(run_id)
+        id_file.write_text(run.id)
         print(f"W&B: {run.url}", flush=True)
     return WandbSink(run)
 

@@ -67,7 +67,7 @@ def _handing_on(process: subprocess.Popen, recipe: Path) -> Iterator[None]:
     """
 
     def hand_on(number: int, _: object) -> None:
-        ranks = _ranks_below(process.pid, recipe)
+        ranks = ranks_below(process.pid, recipe)
         for rank in ranks:
             with contextlib.suppress(psutil.NoSuchProcess):
                 rank.send_signal(number)
@@ -84,7 +84,7 @@ def _handing_on(process: subprocess.Popen, recipe: Path) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _ranks_below(pid: int, recipe: Path) -> list[psutil.Process]:
+def ranks_below(pid: int, recipe: Path) -> list[psutil.Process]:
     """The processes below a launcher that run the recipe and have a rank; not what they have started themselves."""
     found = []
     with contextlib.suppress(psutil.NoSuchProcess):

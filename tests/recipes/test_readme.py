@@ -76,6 +76,10 @@ def test_command_for_a_cpu_runs(command: str, tiny_flags: list[str], tmp_path: P
         flags = ""
     if command.startswith("moe-scale bench --calibrate"):
         flags += " --rounds 1 --warmup 0"
+    elif command.startswith("moe-scale sweep"):  # tests/recipes/test_sweep.py trains one
+        writes = "--wandb_sweep" in command
+        command = command.replace(" runs/sweep.yaml", f" {tmp_path / 'sweep.yaml'}")
+        flags += "" if writes else " --dry_run"
     elif command.startswith("moe-scale bench-checkpoint"):
         flags += " --rounds 1 --steps 1"
     elif command.startswith("moe-scale reshard"):
@@ -107,6 +111,8 @@ def test_command_for_a_cpu_runs(command: str, tiny_flags: list[str], tmp_path: P
     assert "Traceback" not in done.stderr
     if "compare" in command:
         assert (tmp_path / "run" / "compare.json").is_file()
+    elif command.startswith("moe-scale sweep"):
+        assert (tmp_path / "sweep.yaml").is_file() or "of 1 rank, compared by eval/loss" in done.stdout
     elif command.startswith("moe-scale plan"):
         assert (tmp_path / "run" / "plan.json").is_file()
     elif "--calibrate" in command:

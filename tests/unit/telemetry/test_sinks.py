@@ -304,6 +304,7 @@ class FakeWandb(types.ModuleType):
 
     def init(self, **kwargs):
         self.inits.append(kwargs)
+        self.id = kwargs.get("id", "of the agent")
         if kwargs["mode"] in self.failing:
             raise TimeoutError("no answer")
         return self
@@ -359,6 +360,19 @@ def test_a_resume_continues_the_same_wandb_run_and_a_new_start_does_not(tmp_path
             logger.truncate_after(step)
     first, resumed, again, fresh = (i["id"] for i in fake.inits)
     assert first == resumed == again != fresh
+
+
+def test_under_an_agent_of_a_sweep_run_and_project_are_the_agents(tmp_path, fake_wandb, monkeypatch, caplog):
+    """W&B would pass over others, with a warning."""
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep")
+    fake = fake_wandb()
+    with open_logger(tmp_path, wandb_config("online")) as logger:
+        logger.log({"step": 1})
+    (arguments,) = fake.inits
+    assert not {"id", "project"} & set(arguments)
+    assert (tmp_path / "wandb_run_id").read_text() == "of the agent"
+    assert warned(caplog) == []
 
 
 def test_wandb_learns_how_the_run_ended(tmp_path, fake_wandb):
