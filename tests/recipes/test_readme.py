@@ -14,9 +14,9 @@ import pytest
 from moe_scale import cli
 from moe_scale.parallel import device as devices
 from moe_scale.parallel import launch as launches
-from moe_scale.train.recipe import prepare_job
-from recipes.lm_16l import RECIPE
-from tests.ranks import REPO, free_port
+from moe_scale.train.recipe import Recipe, prepare_job
+from recipes import lm_16l, translation
+from tests.ranks import REPO, free_port, run_ranks
 from tests.unit.checkpoint.builders import small_config, write_checkpoint
 
 BLOCKS = re.findall(r"```bash\n(.*?)```", (REPO / "README.md").read_text(), flags=re.DOTALL)
@@ -27,6 +27,13 @@ GPU_RANKS = {"--num_gpus 8": (8, 8), "hostfiles/2x8": (16, 8), "srun": (16, 8), 
 
 def gpu_ranks(command: str) -> tuple[int, int] | None:
     return next((ranks for mark, ranks in GPU_RANKS.items() if mark in command), None)
+
+
+RECIPES = {"recipes/translation.py": translation.RECIPE}
+
+
+def recipe_of(command: str) -> Recipe:
+    return next((recipe for name, recipe in RECIPES.items() if name in command), lm_16l.RECIPE)
 
 
 LAUNCHES = [c for c in COMMANDS if c.startswith("moe-scale launch ")]
@@ -51,7 +58,7 @@ def test_command_for_gpus_passes_every_check(command: str, monkeypatch: pytest.M
     for word in words:
         if word.startswith(("hostfiles/", "ds_configs/", "recipes/")):
             assert (REPO / word).is_file(), word
-    job = prepare_job(RECIPE, [*words[recipe + 1 :], "--output_dir", str(tmp_path / "run")])
+    job = prepare_job(recipe_of(command), [*words[recipe + 1 :], "--output_dir", str(tmp_path / "run")])
     assert job.config.scale == ("1gpu" if world_size == 1 else "1node" if world_size == per_node else "multinode")
     assert job.plan.json["train_batch_size"] % world_size == 0
 
@@ -69,9 +76,47 @@ def test_command_that_launches_prints_another(
     assert any("recipes/lm_16l.py" in line for line in lines)
 
 
+TRANSLATION = """
+max_steps: 2
+model: {num_encoder_layers: 1, num_decoder_layers: 1, d_model: 32, num_heads: 4, vocab_size: 700}
+moe: {num_experts: 4, intermediate_size: 16}
+data: {tokenizer: bpe}
+optim: {warmup_steps: 1}
+eval: {every: 0, bleu_sentences: 2, test_sentences: 2}
+telemetry: {every: 1, wandb: "off"}
+"""
+
+
+@pytest.fixture(scope="module")
+def translation_flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Flags that make any command of ``translation`` a matter of seconds."""
+    settings = tmp_path_factory.mktemp("translation") / "tiny.yaml"
+    settings.write_text(TRANSLATION)
+    return ["--config", str(settings)]
+
+
+@pytest.fixture(scope="module")
+def translation_run(translation_flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained run of ``translation``, for the tools."""
+    run = tmp_path_factory.mktemp("run") / "translation"
+    flags = [*translation_flags, "--data.pairs", "en-de", "en-fr", "--output_dir", str(run)]
+    run_ranks(1, [str(REPO / "recipes" / "translation.py"), *flags])
+    return run
+
+
+def on_a_run(command: str, run: Path, tmp_path: Path) -> str:
+    """The command of a tool, on ``run`` and with files of its own."""
+    (tmp_path / "messages.txt").write_text("Delete the person\n")
+    command = command.replace("runs/translation", str(run))
+    return re.sub(r"(messages\S*)", rf"{tmp_path}/\1", command)
+
+
 @pytest.mark.parametrize("command", FOR_CPU)
-def test_command_for_a_cpu_runs(command: str, tiny_flags: list[str], tmp_path: Path) -> None:
-    flags = shlex.join([*tiny_flags, "--max_steps", "2", "--output_dir", str(tmp_path / "run")])
+def test_command_for_a_cpu_runs(
+    command: str, tiny_flags: list[str], translation_flags: list[str], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    own = translation_flags if "recipes/translation.py" in command else tiny_flags
+    flags = shlex.join([*own, "--max_steps", "2", "--output_dir", str(tmp_path / "run")])
     if "--print_config" in command:
         flags = ""
     if command.startswith("moe-scale bench --calibrate"):
@@ -82,6 +127,8 @@ def test_command_for_a_cpu_runs(command: str, tiny_flags: list[str], tmp_path: P
         flags += "" if writes else " --dry_run"
     elif command.startswith("moe-scale bench-checkpoint"):
         flags += " --rounds 1 --steps 1"
+    elif command.startswith(("moe-scale translate", "moe-scale experts")):
+        command, flags = on_a_run(command, request.getfixturevalue("translation_run"), tmp_path), ""
     elif command.startswith("moe-scale reshard"):
         write_checkpoint(tmp_path / "run", small_config(tmp_path))
         command, flags = command.replace("runs/lm_16l lm_16l-weights", f"{tmp_path}/run {tmp_path}/weights"), ""
