@@ -190,6 +190,15 @@ class TranslationConfig(RunConfig):
             )
         return found
 
+    def remarks(self) -> list[str]:
+        found = super().remarks()
+        if self.moe.enabled and self.moe.dispatch == "capacity" and self.model.experts_in != "encoder":
+            found.append(
+                "moe.dispatch capacity: experts that are full drop tokens, so a translation can depend on the other "
+                "sentences of its batch"
+            )
+        return found
+
     @property
     def sparse_layers(self) -> list[int]:
         """Numbers of the layers with experts; the decoder's follow the encoder's."""

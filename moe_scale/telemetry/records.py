@@ -23,6 +23,7 @@ GROUPS = {
     "lr": "train",
     "grad_norm": "train",
     "tokens": "train",
+    "flops": "train",
     "loss_scale": "train",
     "epoch": "train",
     "tokens_per_s": "speed",

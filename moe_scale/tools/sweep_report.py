@@ -147,6 +147,8 @@ def points_of(records: Sequence[dict[str, Any]], scores: Sequence[str], flops_pe
             times.append((tokens, times[-1][1] + (tokens - times[-1][0]) / rate))
     points = []
     for record in records:
+        if record.get("flops") and record.get("tokens"):  # a task may know them better once its data is there
+            flops_per_token = record["flops"] / record["tokens"]
         if not any(name in record for name in scores):
             continue
         tokens = record["tokens"]

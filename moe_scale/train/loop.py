@@ -303,7 +303,8 @@ def _due(every: int, step: int) -> bool:
 
 def _log(run: Run, record: dict[str, Any]) -> None:
     state = run.state
-    record = {"step": state.step, "tokens": state.tokens} | record | _speed(run.job, run.throughput)
+    done = {"step": state.step, "tokens": state.tokens, "flops": state.tokens * run.job.task.flops_per_token}
+    record = done | record | _speed(run.job, run.throughput)
     run.logger.log(record)
     run.progress.update(state.step, loss=record["lm_loss"], tokens_per_s=record["tokens_per_s"])
     run.tell(run.collapse.look(record))
