@@ -349,6 +349,9 @@ def test_an_evaluation_between_two_logged_steps() -> None:
     points = sweep_report.points_of(records, ["eval/loss"], 1.0)
     assert [point.seconds for point in points] == pytest.approx([12.5, 16.0])
     assert sweep_report.points_of(records[1:2], ["eval/loss"], 1.0)[0].seconds is None
+    assert [point.flops for point in points] == [150, 220], "tokens at the plan's FLOPs a token"
+    records[0]["flops"] = 300.0  # what a run itself says, where it knows better
+    assert [p.flops for p in sweep_report.points_of(records, ["eval/loss"], 1.0)] == [450, 660]
 
 
 @pytest.fixture
