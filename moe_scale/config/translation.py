@@ -111,7 +111,7 @@ class PairDataConfig(Strict):
         1.0, "a direction with n pairs is drawn in proportion to n^(1/temperature): 1 as they are, 5 almost evenly"
     )
     valid_fraction: Fraction = setting(0.02, "share of the source sentences held out for evaluation during training")
-    test_fraction: Fraction = setting(0.02, "share of the source sentences held out for the end of the run")
+    test_fraction: Fraction = setting(0.05, "share of the source sentences held out for the end of the run")
     cache_dir: NonEmptyText = setting("~/.cache/moe_scale", "folder for tokenized pairs; safe to delete")
 
     def problems(self, where: str) -> list[Problem]:
