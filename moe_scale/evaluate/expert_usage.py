@@ -34,6 +34,11 @@ class Grouping:
         """Of each group's pairs, the share that each expert was given, [G, E]; 0 for groups without one."""
         return self.counts_GE / self.counts_GE.sum(dim=1, keepdim=True).clamp(min=1)
 
+    def occurring(self) -> Grouping:
+        """The same without the groups that no token is in."""
+        kept = [row for row, counts_E in enumerate(self.counts_GE) if float(counts_E.sum())]
+        return Grouping([self.groups[row] for row in kept], self.counts_GE[kept])
+
     @property
     def mutual_information(self) -> float:
         """What the expert of a pair tells of its token's group, in bits: sum p(g,e) log2(p(g,e) / p(g)p(e)).

@@ -27,25 +27,29 @@ def plot_load(usage: Mapping[str, LayerUsage], path: Path) -> None:
 
 
 def plot_groups(usage: Mapping[str, LayerUsage], grouping: str, path: Path) -> None:
-    """A panel a layer: the share of each group's choices that each expert gets, over what it gets of all."""
+    """A panel a layer: the share of each group's choices that each expert gets, over what it gets of all.
+
+    Groups without a token in a layer are left out, and layers with one group; without any layer there is no picture.
+    """
+    seen = {name: layer.groupings[grouping].occurring() for name, layer in usage.items()}
+    panels = {name: found for name, found in seen.items() if len(found.groups) > 1}
+    if not panels:
+        return
     plt = _pyplot()
-    layers = {name: layer.groupings[grouping] for name, layer in usage.items() if grouping in layer.groupings}
-    layers = {name: found for name, found in layers.items() if float(found.counts_GE.sum())}
-    columns = min(3, len(layers))
-    rows = -(-len(layers) // columns)
-    groups = max(len(found.groups) for found in layers.values())
-    figure, panels = plt.subplots(
-        rows, columns, figsize=(5.2 * columns, (1.3 + 0.28 * groups) * rows), layout="constrained", squeeze=False
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    groups = max(len(found.groups) for found in panels.values())
+    figure, axes_of = plt.subplots(
+        rows, columns, figsize=(5.2 * columns, 0.4 + (1.3 + 0.28 * groups) * rows), layout="constrained", squeeze=False
     )
-    for axes in panels.flat[len(layers) :]:
+    for axes in axes_of.flat[len(panels) :]:
         axes.axis("off")
-    image = None
-    for axes, (name, found) in zip(panels.flat, layers.items(), strict=False):
+    for axes, (name, found) in zip(axes_of.flat, panels.items(), strict=False):
         image = axes.imshow(_lift(found), vmin=0, vmax=3, cmap="viridis", aspect="auto")
         _label(axes, found.groups, found.counts_GE.shape[1])
         axes.set_title(f"{name}: {found.mutual_information:.3f} of {found.entropy:.2f} bits", fontsize=10)
-    figure.suptitle(f"How much more often than all tokens each {grouping} uses an expert (1 is as often)")
-    figure.colorbar(image, ax=panels)
+    figure.suptitle(f"An expert's share of each {grouping} over its share of all tokens")
+    figure.colorbar(image, ax=axes_of, extend="max")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

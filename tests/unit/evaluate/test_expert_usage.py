@@ -27,6 +27,7 @@ def test_information_of_known_tables() -> None:
     given = 3 / 5 * (-(1 / 3) * math.log2(1 / 3) - (2 / 3) * math.log2(2 / 3))
     assert half.mutual_information == pytest.approx(half.entropy - given)
     assert grouping([0, 0], [0, 0]).mutual_information == 0
+    assert grouping([3, 3], [0, 0], [1, 2]).occurring().groups == ["0", "2"]
     assert grouping([3, 3], [0, 0]).shares().tolist() == [[0.5, 0.5], [0, 0]]
 
 
