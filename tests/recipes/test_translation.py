@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 import moe_scale
 from moe_scale.cli import main
 from moe_scale.config import SCALES, MoEConfig, Seq2SeqConfig, TranslationConfig
+from moe_scale.data.pairs.batches import PairItem, make_batch
 from moe_scale.errors import ConfigError
 from moe_scale.evaluate.text_metrics import text_scores
 from moe_scale.parallel import device as devices
@@ -81,6 +83,24 @@ def test_layers_with_experts_are_numbered_through() -> None:
     assert layers(2, "both") == [1, 4, 6]
     assert layers(2, "decoder") == [4, 6]
     assert layers(3, "encoder") == [2]
+
+
+def test_learned_positions_reach_the_end_of_the_longest_translation() -> None:
+    config = TranslationConfig(moe=MoEConfig(enabled=False))
+    longest_source = make_batch([PairItem([5] * config.data.max_len, None, 4)]).source_BS
+    assert config.max_target_len(longest_source.shape[1]) == config.longest_sequence
+    learned = replace(config.model, positions="learned", max_positions=config.longest_sequence)
+    assert replace(config, model=learned).problems() == []
+    short = replace(learned, max_positions=config.longest_sequence - 1)
+    assert [p.where for p in replace(config, model=short).problems()] == ["model.max_positions"]
+
+
+@pytest.mark.parametrize("where", ["encoder", "decoder"])
+def test_experts_with_few_places_are_remarked_on(where: Any) -> None:
+    model = Seq2SeqConfig(experts_in=where)
+    (remark,) = TranslationConfig(model=model, moe=MoEConfig(dispatch="capacity")).remarks()
+    assert "depend on the other sentences" in remark
+    assert TranslationConfig(model=model).remarks() == []
 
 
 @pytest.fixture(scope="module")
