@@ -15,7 +15,7 @@ from moe_scale.data.pairs.order import SOURCE_EXTRA, TARGET_EXTRA
 from moe_scale.data.pairs.prepare import PairSplit, prepare_pairs
 from moe_scale.data.pairs.sources import check_pair_source
 from moe_scale.errors import Problem
-from moe_scale.evaluate.text_metrics import TextScores, nearest_translations, signatures
+from moe_scale.evaluate.text_metrics import MAX_COMPARED, TextScores, nearest_translations, signatures
 from moe_scale.evaluate.translation import (
     OVERALL,
     Search,
@@ -111,14 +111,17 @@ class TranslationTask(Task):
         return record
 
     def _heldout(self, split: PairSplit, limit: int) -> Iterator[PairBatch]:
-        return eval_pair_batches(
+        """This rank's batches of the first ``limit`` pairs of each direction; 0 means all."""
+        for batch in eval_pair_batches(
             split,
             self.tokenizer,
             limit_per_direction=limit,
             budget=token_budget(self.config.data, self.micro_batch),
             rank=self.rank,
             world_size=self.world_size,
-        )
+        ):
+            self.progressed()
+            yield batch
 
     def _translate(
         self, engine: Any, split: PairSplit, limit: int, *, beam_size: int
@@ -146,6 +149,11 @@ class TranslationTask(Task):
         copied, nearest = self._baselines(test, sorted(by_greedy))
         found = {"greedy": greedy_scores, "beam": beam_scores, "copy": copied, "nearest": nearest}
         self._write(run_dir, test, by_greedy, by_beam, found)
+        others_are = "copies of the source" + (
+            " and the translation of the nearest training sentence"
+            if nearest
+            else "; that of the nearest training sentence was not looked for, as there are too many to compare"
+        )
         lines = [
             (
                 "model",
@@ -153,9 +161,11 @@ class TranslationTask(Task):
                 "active a token",
             ),
             ("held-out loss", f"{scores['eval/loss']:.4f} nats a token, perplexity {scores['eval/perplexity']:.2f}"),
-            ("test BLEU", f"{signatures()['bleu']}; beam {config.eval.beam_size}, greedy, and for comparison copies of "
-             "the source and the translation of the nearest training sentence"),
-        ]  # fmt: skip
+            (
+                "test BLEU",
+                f"{signatures()['bleu']}; beam {config.eval.beam_size}, greedy, and for comparison {others_are}",
+            ),
+        ]
         for direction, best in beam_scores.items():
             others = [greedy_scores[direction], copied[direction]] + ([nearest[direction]] if nearest else [])
             bleu = " | ".join(f"{score.bleu:5.1f}" for score in (best, *others))
@@ -175,6 +185,8 @@ class TranslationTask(Task):
         directions = {number: pair.direction for number, pair in pairs.items()}
         references = {number: pair.target for number, pair in pairs.items()}
         copied = scores_by_direction({n: pair.source for n, pair in pairs.items()}, references, directions)
+        if sum(len(known[direction]) for direction in directions.values()) > MAX_COMPARED:
+            return copied, None
         nearest: dict[int, str] = {}
         for direction in sorted(set(directions.values())):
             some = [number for number in numbers if directions[number] == direction]
@@ -184,8 +196,6 @@ class TranslationTask(Task):
                 [pair.source for pair in texts],
                 [pair.target for pair in texts],
             )
-            if found is None:
-                return copied, None
             nearest |= dict(zip(some, found, strict=True))
         return copied, scores_by_direction(nearest, references, directions)
 
