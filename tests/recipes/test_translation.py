@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -222,6 +223,8 @@ def test_translating_is_what_the_run_itself_wrote(folder: Path, tmp_path: Path) 
         (["--to", "de", "--input", "x", "one"], b"", "given beside sentences"),
         (["--to", "de", "--output", "pairs.tsv", "one"], b"", "pairs.tsv exists"),
         (["--to", "de", "--output", "nowhere/x", "one"], b"", "does not exist"),
+        (["--to", "de", "--output", "/proc/translations", "one"], b"", "cannot be written"),
+        (["--to", "de", "one", "t\udcffwo"], b"", "is not UTF-8"),
     ],
 )
 def test_translate_refuses(
@@ -276,6 +279,15 @@ def test_experts_of_a_dense_model_are_none(folder: Path, capsys: pytest.CaptureF
     with pytest.raises(SystemExit):
         main(["experts", "--run", str(folder / "dense")])
     assert "dense model" in capsys.readouterr().err
+
+
+def test_experts_of_other_data_are_refused(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(folder / "whole", tmp_path / "whole", symlinks=True)
+    (tmp_path / "whole" / "tokenizer.model").write_bytes((folder / "bpe" / "tokenizer.model").read_bytes())
+    with pytest.raises(SystemExit) as left:
+        main(["experts", "--run", str(tmp_path / "whole")])
+    assert left.value.code == 2
+    assert "gives another vocabulary" in capsys.readouterr().err
 
 
 def test_a_run_opens_as_a_model(folder: Path) -> None:
