@@ -188,6 +188,10 @@ class TranslationConfig(RunConfig):
                     f"choose at least {self.longest_sequence}, or other model.positions",
                 )
             )
+        for part in ("encoder", "decoder"):
+            if model.experts_in in ("both", part):
+                name = f"num_{part}_layers"
+                found += moe.dense_size_problems("moe", f"model.{name}", getattr(model, name))
         return found
 
     def remarks(self) -> list[str]:

@@ -69,6 +69,26 @@ def test_what_is_refused(flags: list[str], where: str, what: str, tmp_path: Path
     assert any(p.where == where and what in str(p) for p in refused.value.problems), refused.value
 
 
+@pytest.mark.parametrize(
+    ("flags", "refused"),
+    [
+        (["--moe.dispatch", "capacity"], True),
+        (["--moe.top_k", "1"], True),
+        ([], False),
+        (["--moe.top_k", "1", "--moe.ep_size", "1"], False),
+        (["--moe.top_k", "1", "--moe.backend", "custom"], False),
+    ],
+)
+def test_buffers_of_unequal_size_are_not_exchanged(flags: list[str], refused: bool, tmp_path: Path) -> None:
+    two = launches.Launch(0, 2, 0, 2, "env")
+    argv = ["--output_dir", str(tmp_path / "run"), "--moe.backend", "deepspeed", "--moe.ep_size", "2", *flags]
+    if not refused:
+        assert prepare_job(RECIPE, argv, two)
+        return
+    with pytest.raises(ConfigError, match="its ranks need batches of one size"):
+        prepare_job(RECIPE, argv, two)
+
+
 def test_experts_may_choose_in_the_encoder(tmp_path: Path) -> None:
     flags = ["--moe.router", "expert_choice", "--moe.dispatch", "capacity", "--model.experts_in", "encoder"]
     job = prepare_job(RECIPE, [*flags, "--output_dir", str(tmp_path / "run")])
