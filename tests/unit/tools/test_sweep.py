@@ -454,6 +454,8 @@ def test_values_of_all_kinds_can_be_drawn(tmp_path: Path) -> None:
             write_run(tmp_path / name, trial.name, {10: 9.0, 20: 1.0 + number % 5})
         report = sweep_report.make_report(a_plan(trials, what.factors, drawn=drawn), tmp_path / name)
         assert len(plot(report, tmp_path / name)) == 3
+        told = " ".join(sweep_report.effect_notes(report))
+        assert ("look clear (p < 0.05) in about 10% of sweeps" in told) == (name == "draws"), "of two settings"
         header, cells = sweep_report.table_of(report)
         assert ("seed" in header) == (name == "repeats")
         assert {len(line) for line in cells} == {len(header)}
