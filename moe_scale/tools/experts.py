@@ -169,13 +169,13 @@ COLUMNS = (
     "max/mean load",
     "load CV",
     "unused",
-    *(f"bits of {grouping} (by chance)" for grouping in CHOICES),
+    *(f"bits about {grouping}" for grouping in CHOICES),
 )
 
 
 def _row(name: str, layer: LayerUsage) -> list[str]:
     told = [layer.groupings[grouping] for grouping in CHOICES]
-    bits = [f"{g.mutual_information:.3f} of {g.entropy:.2f} ({g.chance:.3f})" for g in told]
+    bits = [f"{g.mutual_information:.3f} of {g.entropy:.2f}" for g in told]
     return [name, f"{layer.load_max:.2f}", f"{layer.load_cv:.2f}", str(layer.unused), *bits]
 
 

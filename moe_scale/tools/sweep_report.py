@@ -105,7 +105,9 @@ def read_records(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def is_finished(planned: Planned, metric: str, folder: Path) -> bool:
-    """Whether the trial's last step was evaluated."""
+    """Whether the trial's last step was evaluated, and what came after did not fail."""
+    if planned.failure(folder).is_file():
+        return False
     records = read_records(planned.folder(folder))
     return any(metric in record and record["step"] >= planned.max_steps for record in records)
 

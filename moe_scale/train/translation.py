@@ -152,17 +152,18 @@ class TranslationTask(Task):
 
     def summarize(self, engine: Any, scores: dict[str, Any], run_dir: Path) -> list[tuple[str, str]]:
         config, test = self.config, self.pairs.split("test")
+        limit = config.eval.test_sentences
         engine.eval()
-        by_greedy, greedy_scores = self._translate(engine, test, config.eval.test_sentences, beam_size=1)
-        by_beam, beam_scores = self._translate(
-            engine, test, config.eval.test_sentences, beam_size=config.eval.beam_size
-        )
-        engine.train()
+        try:
+            by_greedy, greedy_scores = self._translate(engine, test, limit, beam_size=1)
+            by_beam, beam_scores = self._translate(engine, test, limit, beam_size=config.eval.beam_size)
+        finally:
+            engine.train()
         if self.rank:
             return []
         copied, nearest = self._baselines(test, sorted(by_greedy))
         found = {"greedy": greedy_scores, "beam": beam_scores, "copy": copied, "nearest": nearest}
-        self._write(run_dir, test, by_greedy, by_beam, found)
+        not_written = self._write(run_dir, test, by_greedy, by_beam, found)
         others_are = "copies of the source" + (
             " and the translation of the nearest training sentence"
             if nearest
@@ -184,7 +185,7 @@ class TranslationTask(Task):
             others = [greedy_scores[direction], copied[direction]] + ([nearest[direction]] if nearest else [])
             bleu = " | ".join(f"{score.bleu:5.1f}" for score in (best, *others))
             lines.append((f"  {direction}", f"{bleu}   chrF {best.chrf:.1f}, {best.sentences:,} sentences"))
-        return [*lines, *self._examples(test, by_beam)]
+        return [*lines, *self._examples(test, by_beam), *not_written]
 
     def _baselines(
         self, test: PairSplit, numbers: list[int]
@@ -220,8 +221,12 @@ class TranslationTask(Task):
         by_greedy: dict[int, str],
         by_beam: dict[int, str],
         found: dict[str, dict[str, TextScores] | None],
-    ) -> None:
-        """``test_scores.json``, and ``test_translations.jsonl`` with every test sentence."""
+    ) -> list[tuple[str, str]]:
+        """Write ``test_scores.json``, and ``test_translations.jsonl`` with every test sentence.
+
+        Returns:
+            a line for the summary where that failed: a full disk is no reason to lose the other lines as well.
+        """
         record = {
             "signatures": signatures(),
             "beam_size": self.config.eval.beam_size,
@@ -232,11 +237,15 @@ class TranslationTask(Task):
                 if scores is not None
             },
         }
-        (run_dir / "test_scores.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        with (run_dir / "test_translations.jsonl").open("w", encoding="utf-8") as file:
-            for number in sorted(by_beam):
-                texts = {**test.text(number)._asdict(), "beam": by_beam[number], "greedy": by_greedy[number]}
-                file.write(json.dumps(texts, ensure_ascii=False) + "\n")
+        try:
+            (run_dir / "test_scores.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            with (run_dir / "test_translations.jsonl").open("w", encoding="utf-8") as file:
+                for number in sorted(by_beam):
+                    texts = {**test.text(number)._asdict(), "beam": by_beam[number], "greedy": by_greedy[number]}
+                    file.write(json.dumps(texts, ensure_ascii=False) + "\n")
+        except OSError as error:
+            return [("not written", f"test scores and translations in {run_dir}: {error.strerror}")]
+        return []
 
     def _examples(self, test: PairSplit, translations: dict[int, str]) -> list[tuple[str, str]]:
         """One translation a direction, of up to three: the sentence of middle length."""
