@@ -135,7 +135,7 @@ class LMConfig(RunConfig):
                     f"choose 1 to {self.model.num_layers}, or moe.enabled false",
                 )
             )
-        return found
+        return found + self.moe.dense_size_problems("moe", "model.num_layers", self.model.num_layers)
 
     def remarks(self) -> list[str]:
         found = super().remarks()

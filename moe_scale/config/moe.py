@@ -141,6 +141,19 @@ class MoEConfig(Strict):
             )
         return found
 
+    def dense_size_problems(self, where: str, layers: str, number: int) -> list[Problem]:
+        """Whether a dense model of equal parameters can be had: its layers share a group's parameters evenly.
+
+        Args:
+            layers: dotted name of the number of layers.
+            number: of them.
+        """
+        if self.enabled or self.dense_size == "active" or number % self.every == 0:
+            return []
+        what = f"total with {where}.every = {self.every}, which does not divide {layers} = {number}"
+        allowed = f"the last layers would be too wide: choose {where}.every of {divisors(number)}"
+        return [Problem(f"{where}.dense_size", what, allowed)]
+
     def _deepspeed_problems(self, where: str) -> list[Problem]:
         """Settings that ``deepspeed.moe`` has no choice of."""
         its_own = {

@@ -188,14 +188,18 @@ class TranslationConfig(RunConfig):
                     f"choose at least {self.longest_sequence}, or other model.positions",
                 )
             )
+        for part in ("encoder", "decoder"):
+            if model.experts_in in ("both", part):
+                name = f"num_{part}_layers"
+                found += moe.dense_size_problems("moe", f"model.{name}", getattr(model, name))
         return found
 
     def remarks(self) -> list[str]:
         found = super().remarks()
-        if self.moe.enabled and self.moe.dispatch == "capacity" and self.model.experts_in != "encoder":
+        if self.moe.enabled and self.moe.dispatch == "capacity":
             found.append(
-                "moe.dispatch capacity: experts that are full drop tokens, so a translation can depend on the other "
-                "sentences of its batch"
+                "moe.dispatch capacity: the tokens of a batch compete for the experts' places, so a translation can "
+                "depend on the other sentences of its batch"
             )
         return found
 
@@ -214,8 +218,9 @@ class TranslationConfig(RunConfig):
     @property
     def longest_sequence(self) -> int:
         """Tokens of the longest source (with its language tag and end) or translation."""
-        return max(self.data.max_len + 2, self.max_target_len(self.data.max_len))
+        source_tokens = self.data.max_len + 2
+        return max(source_tokens, self.max_target_len(source_tokens))
 
     def max_target_len(self, source_tokens: int) -> int:
-        """Tokens after which the translation of a source is cut off."""
+        """Tokens after which the translation of a source of so many, language tag and end included, is cut off."""
         return int(self.eval.max_len_ratio * source_tokens) + 10

@@ -21,6 +21,10 @@ Model = Callable[..., Any]
 """A :class:`moe_scale.models.seq2seq.Seq2Seq` in evaluation mode, or an engine around one."""
 
 
+IMPOSSIBLE = -1e4
+"""The least log-probability of a token that may follow, nats."""
+
+
 class Hypothesis(NamedTuple):
     """A translation."""
 
@@ -54,7 +58,8 @@ class Vocabulary:
         Args:
             only_end: bool [...], True where the translation has its full length and must end.
         """
-        log_probs = logits.float().log_softmax(dim=-1)
+        # Of logits that are no numbers a search would never find an end, and its rank keep all others waiting.
+        log_probs = logits.float().log_softmax(dim=-1).nan_to_num(nan=IMPOSSIBLE).clamp(min=IMPOSSIBLE)
         end = log_probs[..., self.eos_id].clone()
         log_probs[..., list(self.never)] = float("-inf")
         log_probs[only_end] = float("-inf")

@@ -129,6 +129,10 @@ class Watchdog:
         """Say what this rank is about to do. What is not ``timed`` may take for ever, as making data ready may."""
         self._me.at, self._me.moved = f"step {step}: {phase}", time.monotonic() if timed else float("inf")
 
+    def progressed(self) -> None:
+        """Say that this rank gets on with what it is about, where one phase may take longer than ``hang_s``."""
+        self._me.moved = max(self._me.moved, time.monotonic())
+
     def __enter__(self) -> Watchdog:
         watch = self._watch_all if self.rank == 0 else self._report
         threading.Thread(target=watch, name="watchdog", daemon=True).start()

@@ -23,7 +23,8 @@ from moe_scale.evaluate.expert_usage import LayerUsage, watched_choices
 from moe_scale.telemetry.provenance import commit_of
 from moe_scale.tools.arguments import not_negative, positive
 from moe_scale.tools.expert_plots import plot_groups, plot_load
-from moe_scale.tools.stored_run import open_run
+from moe_scale.tools.stored_run import StoredRun, open_run
+from moe_scale.train.translation import TOKENIZER_FILE
 
 CLASSES = ("frequent", "rare", "punctuation", "digits", "tags and ends")
 CHOICES = ("language", "direction", "token class")
@@ -52,6 +53,7 @@ def run(arguments: argparse.Namespace) -> dict[str, LayerUsage]:
     if not config.sparse_layers:
         raise ConfigError(Problem("run", f"{arguments.run} holds a dense model", "give one with experts"))
     pairs = prepare_pairs(config.data, config.model.vocab_size, print)
+    _require_own_tokenizer(pairs, stored)
     model = stored.load_model()
     folder = Path(arguments.output_dir).expanduser() if arguments.output_dir else stored.folder / "experts"
     split = pairs.split(arguments.split)
@@ -75,6 +77,13 @@ def run(arguments: argparse.Namespace) -> dict[str, LayerUsage]:
     }
     write(usage, facts, folder)
     return usage
+
+
+def _require_own_tokenizer(pairs: PreparedPairs, stored: StoredRun[TranslationConfig]) -> None:
+    """Raises ConfigError where the data is not that of the run any more: its tokens would mean something else."""
+    if pairs.tokenizer.fingerprint != PairTokenizer.load(stored.folder / TOKENIZER_FILE).fingerprint:
+        what = f"{stored.config.data.source} gives another vocabulary than {stored.folder / TOKENIZER_FILE}"
+        raise ConfigError(Problem("data.source", what, "bring back the data that the run was trained on", True))
 
 
 def analyse(
@@ -160,13 +169,13 @@ COLUMNS = (
     "max/mean load",
     "load CV",
     "unused",
-    *(f"bits of {grouping} (by chance)" for grouping in CHOICES),
+    *(f"bits about {grouping}" for grouping in CHOICES),
 )
 
 
 def _row(name: str, layer: LayerUsage) -> list[str]:
     told = [layer.groupings[grouping] for grouping in CHOICES]
-    bits = [f"{g.mutual_information:.3f} of {g.entropy:.2f} ({g.chance:.3f})" for g in told]
+    bits = [f"{g.mutual_information:.3f} of {g.entropy:.2f}" for g in told]
     return [name, f"{layer.load_max:.2f}", f"{layer.load_cv:.2f}", str(layer.unused), *bits]
 
 

@@ -4,7 +4,8 @@ Of a grid, main effects by analysis of variance. SS_total = sum (y - mean)^2. Th
 squares of an additive model (one term a value) grows by without it; in a full grid that is its between-groups sum of
 squares. eta^2 = SS_setting / SS_total (Fisher 1925; Cohen 1973). F = (SS_setting / df) / MS_error, where the error is
 that of repeats (same settings, another seed), or without repeats what the additive model leaves: interactions and
-noise. Of draws, Spearman's rank correlation (1904) and eta^2 over bins of equally many trials, with p by permutation.
+noise. Of draws, Spearman's rank correlation (1904) and eta^2 over bins of equally many trials, with p by permutation
+of whole draws (of variants within each draw).
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ MIN_DRAWS = 8
 DRAWN_F = 200_000
 PERMUTATIONS = 2_000
 MAX_BINS = 5
+VARIANT = "variant"
+"""The factor that is no setting: see :attr:`moe_scale.tools.sweep_trials.Space.factors`."""
 
 Array = NDArray[np.float64]
 
@@ -200,6 +203,7 @@ def _of_draws(observations: Sequence[Observation], factors: Sequence[str]) -> Ef
     for o in observations:
         cells.setdefault(o.cell, []).append(o)
     y = np.array([np.mean([o.value for o in same]) for same in cells.values()])  # repeats are no draws of their own
+    draws = _Draws([same[0].levels for same in cells.values()])
     effects = []
     for name in factors:
         values = [same[0].levels[name] for same in cells.values()]
@@ -208,16 +212,51 @@ def _of_draws(observations: Sequence[Observation], factors: Sequence[str]) -> Ef
         share = _share(group, y) if _squares(y) > 1e-20 * float(y @ y) else None
         rho = None if numbers is None or share is None else spearman(numbers, y)
         p = None
-        if len(y) >= MIN_DRAWS and share is not None:
+        if draws.number >= MIN_DRAWS and share is not None:
             tests: list[Callable[[Array], float]] = [lambda other, group=group: _share(group, other)]  # type: ignore[misc]
             if numbers is not None:
                 tests.append(lambda other, numbers=numbers: abs(spearman(numbers, other)))  # type: ignore[misc]
-            p = min(1.0, len(tests) * min(_p_by_permutation(test, y) for test in tests))
-        by_chance = (len(group.names) - 1) / (len(y) - 1)
+            p = min(1.0, len(tests) * min(_p_by_permutation(test, y, draws, name) for test in tests))
+        between = _share(draws.group, y) if share is not None else 1.0
+        if name == VARIANT:
+            by_chance = (1 - between) / draws.number
+        else:
+            by_chance = between * (len(group.names) - 1) / (draws.number - 1)
         verdict = _verdict(p) if share is not None else "the metric does not vary"
         effects.append(Effect(name, _levels(group, y), share, p, rho, by_chance, verdict))
-    few = f"Too few trials to tell effects from noise: {len(y)} draws, and {MIN_DRAWS} are the least."
-    return Effects(tuple(effects), error="permutations of the trials", remark=few if len(y) < MIN_DRAWS else "")
+    few = f"Too few trials to tell effects from noise: {draws.number} draws, and {MIN_DRAWS} are the least."
+    return Effects(tuple(effects), error="permutations of the trials", remark=few if draws.number < MIN_DRAWS else "")
+
+
+class _Draws:
+    """Which cells are variants of one draw.
+
+    They are alike in all that was drawn, so they are permuted together: one by one they would count as draws of their
+    own, and noise would look like an effect.
+    """
+
+    def __init__(self, levels: Sequence[Mapping[str, str]]):
+        draws: dict[tuple[str, ...], list[int]] = {}
+        for place, values in enumerate(levels):
+            draws.setdefault(tuple(v for name, v in values.items() if name != VARIANT), []).append(place)
+        self.number = len(draws)
+        codes = np.zeros(len(levels), dtype=np.int64)
+        alike: dict[tuple[str, ...], list[list[int]]] = {}
+        for code, places in enumerate(draws.values()):
+            codes[places] = code
+            places = sorted(places, key=lambda place: levels[place].get(VARIANT, ""))
+            alike.setdefault(tuple(levels[place].get(VARIANT, "") for place in places), []).append(places)
+        self.group = _Groups([str(number) for number in range(self.number)], codes)
+        self._alike = [np.array(places) for places in alike.values()]  # [draws, variants], of those with equal variants
+
+    def permuted(self, y: Array, name: str, random: np.random.Generator) -> Array:
+        """``y`` as it might be if the setting ``name`` had no effect."""
+        other = y.copy()
+        for places in self._alike:
+            # Of variants those of each draw change places, of anything else whole draws do.
+            mixed = random.permuted(places, axis=1) if name == VARIANT else random.permutation(places)
+            other[places] = y[mixed]
+        return other
 
 
 def spearman(x: Sequence[float] | Array, y: Sequence[float] | Array) -> float:
@@ -243,10 +282,10 @@ def _bins(values: Array) -> _Groups:
     return _Groups(names, codes)
 
 
-def _p_by_permutation(statistic: Callable[[Array], float], y: Array) -> float:
+def _p_by_permutation(statistic: Callable[[Array], float], y: Array, draws: _Draws, name: str) -> float:
     draw = np.random.default_rng(0)
     observed = statistic(y) * (1 - 1e-12)  # sums in another order must not count as smaller
-    larger = sum(statistic(draw.permutation(y)) >= observed for _ in range(PERMUTATIONS))
+    larger = sum(statistic(draws.permuted(y, name, draw)) >= observed for _ in range(PERMUTATIONS))
     return (1 + larger) / (1 + PERMUTATIONS)
 
 

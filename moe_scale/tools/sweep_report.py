@@ -19,7 +19,7 @@ from rich.table import Table
 
 from moe_scale.telemetry.provenance import write_atomically
 from moe_scale.telemetry.records import finite
-from moe_scale.tools.sweep_effects import Effect, Effects, Observation, main_effects
+from moe_scale.tools.sweep_effects import SIGNIFICANT, Effect, Effects, Observation, main_effects
 from moe_scale.tools.sweep_plan import Plan, Planned, commit_text
 
 _PARAMETERS = re.compile(r"^model +([0-9,]+) parameters(?:, ([0-9,]+) active)?", re.MULTILINE)
@@ -105,7 +105,9 @@ def read_records(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def is_finished(planned: Planned, metric: str, folder: Path) -> bool:
-    """Whether the trial's last step was evaluated."""
+    """Whether the trial's last step was evaluated, and what came after did not fail."""
+    if planned.failure(folder).is_file():
+        return False
     records = read_records(planned.folder(folder))
     return any(metric in record and record["step"] >= planned.max_steps for record in records)
 
@@ -307,6 +309,13 @@ def effect_notes(report: Report) -> list[str]:
         notes.append("Nothing was repeated, so the noise between seeds is not known (--repeats N shows it).")
     if effects.error:
         notes.append(f"Effects of {effects.observations} trials are judged by {effects.error}.")
+    tested = sum(effect.p is not None for effect in effects.effects)
+    if tested > 1:
+        chance = 1 - (1 - SIGNIFICANT) ** tested
+        notes.append(
+            f"Each of {tested} settings is tested by itself: if none had an effect, one or more would still look clear "
+            f"(p < {SIGNIFICANT:g}) in about {chance:.0%} of sweeps."
+        )
     return [*notes, *([effects.remark] if effects.remark else [])]
 
 

@@ -200,7 +200,7 @@ def _end(plan: Plan, trial: Running, folder: Path, *, asked: bool) -> str:
     """What to tell of a trial that ended; a failure is written down, too."""
     planned, seconds, code = trial.planned, time.monotonic() - trial.began, trial.process.returncode
     took = f"{seconds:,.0f} s"
-    if is_finished(planned, plan.metric, folder):
+    if code == 0 and is_finished(planned, plan.metric, folder):
         return f"{_score(plan, planned, folder)}, {took}"
     if asked or code == EXIT_PREEMPTED:
         return f"stopped after {took}; the next start goes on"

@@ -14,7 +14,7 @@ import torch
 from moe_scale.config import TranslationConfig
 from moe_scale.data.pairs.batches import PairItem, make_batch
 from moe_scale.data.pairs.tokenizer import PairTokenizer
-from moe_scale.errors import ConfigError, Problem
+from moe_scale.errors import ConfigError, Problem, raise_if
 from moe_scale.evaluate.translation import Search, translate
 from moe_scale.tools.arguments import not_negative_number, positive
 from moe_scale.tools.stored_run import StoredRun, open_run
@@ -64,12 +64,19 @@ def run(arguments: argparse.Namespace) -> None:
     texts = _read(arguments)
     lines = _tokenized(texts, tokenizer, stored.config)
     model = stored.load_model()
-    with output.open("x", encoding="utf-8") if output else _Standard() as out:
+    with _opened(output) if output else _Standard() as out:
         written = 0
         for number, text in _translated(model, lines, tag, tokenizer, stored, arguments):
             _write(out, "\n" * (number - 1 - written) + text + "\n")
             written = number
         _write(out, "\n" * (len(texts) - written))
+
+
+def _opened(path: Path) -> TextIO:
+    try:
+        return path.open("x", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(Problem("--output", f"{path} cannot be written: {error.strerror}")) from None
 
 
 class _Standard:
@@ -90,6 +97,8 @@ def _write(out: TextIO, text: str) -> None:
 def _read(arguments: argparse.Namespace) -> list[str]:
     """The input's lines."""
     if arguments.text:
+        unreadable = [text for text in arguments.text if not _is_unicode(text)]
+        raise_if([Problem("text", f"{text!r} is not UTF-8", "give it by --input in UTF-8") for text in unreadable])
         return [line for text in arguments.text for line in text.splitlines() or [""]]
     where = arguments.input or "standard input"
     try:
@@ -102,6 +111,11 @@ def _read(arguments: argparse.Namespace) -> list[str]:
         what = f"{where}, line {line}: not UTF-8 at byte {error.start}"
         raise ConfigError(Problem("--input", what, "convert the file, for example by iconv", True)) from None
     return text.removesuffix("\n").split("\n") if text else []
+
+
+def _is_unicode(text: str) -> bool:
+    """False where an argument had bytes that are no UTF-8, which Python hands on as halves of surrogate pairs."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _tokenized(texts: Sequence[str], tokenizer: PairTokenizer, config: TranslationConfig) -> list[Line]:

@@ -160,6 +160,7 @@ class Run:
         self.job, self.engine, self.groups, self.state = job, engine, groups, state
         self.deadline, self.interruption = around.deadline, around.interruption
         self.watchdog, self.rank_log = around.watchdog, around.rank_log
+        job.task.progressed = around.watchdog.progressed
         self.parts = parameters_by_part(engine.module)
         self.throughput = Throughput(window=config.telemetry.every)
         self.agreement = Agreement()

@@ -40,6 +40,9 @@ class Task(abc.ABC):
     model_kind: str
     """The model's name for :func:`moe_scale.models.build.build_model`."""
 
+    progressed: Callable[[], None] = staticmethod(lambda: None)
+    """To be called between the batches of a long evaluation, lest it is taken for a hang; the loop sets it."""
+
     scores: dict[str, Literal["lower", "higher"]]
     """Held-out scores of :meth:`evaluate` that can be called best, and which way."""
 

@@ -15,7 +15,7 @@ from moe_scale.data.pairs.order import SOURCE_EXTRA, TARGET_EXTRA
 from moe_scale.data.pairs.prepare import PairSplit, prepare_pairs
 from moe_scale.data.pairs.sources import check_pair_source
 from moe_scale.errors import Problem
-from moe_scale.evaluate.text_metrics import TextScores, nearest_translations, signatures
+from moe_scale.evaluate.text_metrics import MAX_COMPARED, TextScores, nearest_translations, signatures
 from moe_scale.evaluate.translation import (
     OVERALL,
     Search,
@@ -48,7 +48,21 @@ class TranslationTask(Task):
             self.scores |= {"eval/bleu": "higher", "eval/chrf": "higher"}
 
     def check(self) -> list[Problem]:
-        return check_pair_source(self.config.data)
+        return check_pair_source(self.config.data) + self._unequal_batches()
+
+    def _unequal_batches(self) -> list[Problem]:
+        """What fails where ranks that exchange tokens have different numbers of them, as here.
+
+        ``deepspeed.moe`` sizes the exchanged buffers by the rank's own tokens where it drops, and for top-1.
+        """
+        moe = self.config.moe
+        if not (moe.enabled and moe.backend == "deepspeed" and moe.ep_size > 1):
+            return []
+        if moe.dispatch == "dropless" and moe.top_k > 1:
+            return []
+        what = f"deepspeed with moe.ep_size = {moe.ep_size}, moe.dispatch {moe.dispatch} and moe.top_k = {moe.top_k}"
+        allowed = "its ranks need batches of one size here: choose moe.backend custom, or moe.ep_size 1"
+        return [Problem("moe.backend", what, allowed + ", or dropless with moe.top_k above 1")]
 
     def prepare(self, say: Callable[[str], None]) -> None:
         prepare_pairs(self.config.data, self.config.model.vocab_size, say)
@@ -111,14 +125,17 @@ class TranslationTask(Task):
         return record
 
     def _heldout(self, split: PairSplit, limit: int) -> Iterator[PairBatch]:
-        return eval_pair_batches(
+        """This rank's batches of the first ``limit`` pairs of each direction; 0 means all."""
+        for batch in eval_pair_batches(
             split,
             self.tokenizer,
             limit_per_direction=limit,
             budget=token_budget(self.config.data, self.micro_batch),
             rank=self.rank,
             world_size=self.world_size,
-        )
+        ):
+            self.progressed()
+            yield batch
 
     def _translate(
         self, engine: Any, split: PairSplit, limit: int, *, beam_size: int
@@ -135,17 +152,23 @@ class TranslationTask(Task):
 
     def summarize(self, engine: Any, scores: dict[str, Any], run_dir: Path) -> list[tuple[str, str]]:
         config, test = self.config, self.pairs.split("test")
+        limit = config.eval.test_sentences
         engine.eval()
-        by_greedy, greedy_scores = self._translate(engine, test, config.eval.test_sentences, beam_size=1)
-        by_beam, beam_scores = self._translate(
-            engine, test, config.eval.test_sentences, beam_size=config.eval.beam_size
-        )
-        engine.train()
+        try:
+            by_greedy, greedy_scores = self._translate(engine, test, limit, beam_size=1)
+            by_beam, beam_scores = self._translate(engine, test, limit, beam_size=config.eval.beam_size)
+        finally:
+            engine.train()
         if self.rank:
             return []
         copied, nearest = self._baselines(test, sorted(by_greedy))
         found = {"greedy": greedy_scores, "beam": beam_scores, "copy": copied, "nearest": nearest}
-        self._write(run_dir, test, by_greedy, by_beam, found)
+        not_written = self._write(run_dir, test, by_greedy, by_beam, found)
+        others_are = "copies of the source" + (
+            " and the translation of the nearest training sentence"
+            if nearest
+            else "; that of the nearest training sentence was not looked for, as there are too many to compare"
+        )
         lines = [
             (
                 "model",
@@ -153,14 +176,16 @@ class TranslationTask(Task):
                 "active a token",
             ),
             ("held-out loss", f"{scores['eval/loss']:.4f} nats a token, perplexity {scores['eval/perplexity']:.2f}"),
-            ("test BLEU", f"{signatures()['bleu']}; beam {config.eval.beam_size}, greedy, and for comparison copies of "
-             "the source and the translation of the nearest training sentence"),
-        ]  # fmt: skip
+            (
+                "test BLEU",
+                f"{signatures()['bleu']}; beam {config.eval.beam_size}, greedy, and for comparison {others_are}",
+            ),
+        ]
         for direction, best in beam_scores.items():
             others = [greedy_scores[direction], copied[direction]] + ([nearest[direction]] if nearest else [])
             bleu = " | ".join(f"{score.bleu:5.1f}" for score in (best, *others))
             lines.append((f"  {direction}", f"{bleu}   chrF {best.chrf:.1f}, {best.sentences:,} sentences"))
-        return [*lines, *self._examples(test, by_beam)]
+        return [*lines, *self._examples(test, by_beam), *not_written]
 
     def _baselines(
         self, test: PairSplit, numbers: list[int]
@@ -175,6 +200,8 @@ class TranslationTask(Task):
         directions = {number: pair.direction for number, pair in pairs.items()}
         references = {number: pair.target for number, pair in pairs.items()}
         copied = scores_by_direction({n: pair.source for n, pair in pairs.items()}, references, directions)
+        if sum(len(known[direction]) for direction in directions.values()) > MAX_COMPARED:
+            return copied, None
         nearest: dict[int, str] = {}
         for direction in sorted(set(directions.values())):
             some = [number for number in numbers if directions[number] == direction]
@@ -184,8 +211,6 @@ class TranslationTask(Task):
                 [pair.source for pair in texts],
                 [pair.target for pair in texts],
             )
-            if found is None:
-                return copied, None
             nearest |= dict(zip(some, found, strict=True))
         return copied, scores_by_direction(nearest, references, directions)
 
@@ -196,8 +221,12 @@ class TranslationTask(Task):
         by_greedy: dict[int, str],
         by_beam: dict[int, str],
         found: dict[str, dict[str, TextScores] | None],
-    ) -> None:
-        """``test_scores.json``, and ``test_translations.jsonl`` with every test sentence."""
+    ) -> list[tuple[str, str]]:
+        """Write ``test_scores.json``, and ``test_translations.jsonl`` with every test sentence.
+
+        Returns:
+            a line for the summary where that failed: a full disk is no reason to lose the other lines as well.
+        """
         record = {
             "signatures": signatures(),
             "beam_size": self.config.eval.beam_size,
@@ -208,11 +237,15 @@ class TranslationTask(Task):
                 if scores is not None
             },
         }
-        (run_dir / "test_scores.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        with (run_dir / "test_translations.jsonl").open("w", encoding="utf-8") as file:
-            for number in sorted(by_beam):
-                texts = {**test.text(number)._asdict(), "beam": by_beam[number], "greedy": by_greedy[number]}
-                file.write(json.dumps(texts, ensure_ascii=False) + "\n")
+        try:
+            (run_dir / "test_scores.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            with (run_dir / "test_translations.jsonl").open("w", encoding="utf-8") as file:
+                for number in sorted(by_beam):
+                    texts = {**test.text(number)._asdict(), "beam": by_beam[number], "greedy": by_greedy[number]}
+                    file.write(json.dumps(texts, ensure_ascii=False) + "\n")
+        except OSError as error:
+            return [("not written", f"test scores and translations in {run_dir}: {error.strerror}")]
+        return []
 
     def _examples(self, test: PairSplit, translations: dict[int, str]) -> list[tuple[str, str]]:
         """One translation a direction, of up to three: the sentence of middle length."""

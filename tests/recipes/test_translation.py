@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import json
 import math
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +19,7 @@ import torch
 import moe_scale
 from moe_scale.cli import main
 from moe_scale.config import SCALES, MoEConfig, Seq2SeqConfig, TranslationConfig
+from moe_scale.data.pairs.batches import PairItem, make_batch
 from moe_scale.errors import ConfigError
 from moe_scale.evaluate.text_metrics import text_scores
 from moe_scale.parallel import device as devices
@@ -66,6 +69,26 @@ def test_what_is_refused(flags: list[str], where: str, what: str, tmp_path: Path
     assert any(p.where == where and what in str(p) for p in refused.value.problems), refused.value
 
 
+@pytest.mark.parametrize(
+    ("flags", "refused"),
+    [
+        (["--moe.dispatch", "capacity"], True),
+        (["--moe.top_k", "1"], True),
+        ([], False),
+        (["--moe.top_k", "1", "--moe.ep_size", "1"], False),
+        (["--moe.top_k", "1", "--moe.backend", "custom"], False),
+    ],
+)
+def test_buffers_of_unequal_size_are_not_exchanged(flags: list[str], refused: bool, tmp_path: Path) -> None:
+    two = launches.Launch(0, 2, 0, 2, "env")
+    argv = ["--output_dir", str(tmp_path / "run"), "--moe.backend", "deepspeed", "--moe.ep_size", "2", *flags]
+    if not refused:
+        assert prepare_job(RECIPE, argv, two)
+        return
+    with pytest.raises(ConfigError, match="its ranks need batches of one size"):
+        prepare_job(RECIPE, argv, two)
+
+
 def test_experts_may_choose_in_the_encoder(tmp_path: Path) -> None:
     flags = ["--moe.router", "expert_choice", "--moe.dispatch", "capacity", "--model.experts_in", "encoder"]
     job = prepare_job(RECIPE, [*flags, "--output_dir", str(tmp_path / "run")])
@@ -81,6 +104,24 @@ def test_layers_with_experts_are_numbered_through() -> None:
     assert layers(2, "both") == [1, 4, 6]
     assert layers(2, "decoder") == [4, 6]
     assert layers(3, "encoder") == [2]
+
+
+def test_learned_positions_reach_the_end_of_the_longest_translation() -> None:
+    config = TranslationConfig(moe=MoEConfig(enabled=False))
+    longest_source = make_batch([PairItem([5] * config.data.max_len, None, 4)]).source_BS
+    assert config.max_target_len(longest_source.shape[1]) == config.longest_sequence
+    learned = replace(config.model, positions="learned", max_positions=config.longest_sequence)
+    assert replace(config, model=learned).problems() == []
+    short = replace(learned, max_positions=config.longest_sequence - 1)
+    assert [p.where for p in replace(config, model=short).problems()] == ["model.max_positions"]
+
+
+@pytest.mark.parametrize("where", ["encoder", "decoder"])
+def test_experts_with_few_places_are_remarked_on(where: Any) -> None:
+    model = Seq2SeqConfig(experts_in=where)
+    (remark,) = TranslationConfig(model=model, moe=MoEConfig(dispatch="capacity")).remarks()
+    assert "depend on the other sentences" in remark
+    assert TranslationConfig(model=model).remarks() == []
 
 
 @pytest.fixture(scope="module")
@@ -202,6 +243,8 @@ def test_translating_is_what_the_run_itself_wrote(folder: Path, tmp_path: Path) 
         (["--to", "de", "--input", "x", "one"], b"", "given beside sentences"),
         (["--to", "de", "--output", "pairs.tsv", "one"], b"", "pairs.tsv exists"),
         (["--to", "de", "--output", "nowhere/x", "one"], b"", "does not exist"),
+        (["--to", "de", "--output", "/proc/translations", "one"], b"", "cannot be written"),
+        (["--to", "de", "one", "t\udcffwo"], b"", "is not UTF-8"),
     ],
 )
 def test_translate_refuses(
@@ -256,6 +299,15 @@ def test_experts_of_a_dense_model_are_none(folder: Path, capsys: pytest.CaptureF
     with pytest.raises(SystemExit):
         main(["experts", "--run", str(folder / "dense")])
     assert "dense model" in capsys.readouterr().err
+
+
+def test_experts_of_other_data_are_refused(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(folder / "whole", tmp_path / "whole", symlinks=True)
+    (tmp_path / "whole" / "tokenizer.model").write_bytes((folder / "bpe" / "tokenizer.model").read_bytes())
+    with pytest.raises(SystemExit) as left:
+        main(["experts", "--run", str(tmp_path / "whole")])
+    assert left.value.code == 2
+    assert "gives another vocabulary" in capsys.readouterr().err
 
 
 def test_a_run_opens_as_a_model(folder: Path) -> None:

@@ -14,7 +14,9 @@ from moe_scale.config import (
     LMConfig,
     MoEConfig,
     OptimConfig,
+    Seq2SeqConfig,
     TextDataConfig,
+    TranslationConfig,
     divisors,
     duration_seconds,
 )
@@ -177,3 +179,19 @@ def test_divisors(n: int) -> None:
 )
 def test_times_are_read_as_slurm_reads_them(text: str, seconds: int | None) -> None:
     assert duration_seconds(text) == seconds
+
+
+def test_a_dense_model_of_equal_parameters_has_whole_groups_of_layers() -> None:
+    dense = MoEConfig(enabled=False, dense_size="total", every=2)
+
+    def found(config: Any) -> list[str]:
+        return [problem.what for problem in config.problems()]
+
+    assert found(LMConfig(moe=dense, model=DecoderConfig(num_layers=4))) == []
+    (what,) = found(LMConfig(moe=dense, model=DecoderConfig(num_layers=3)))
+    assert what == "total with moe.every = 2, which does not divide model.num_layers = 3"
+    assert found(LMConfig(moe=replace(dense, dense_size="active"), model=DecoderConfig(num_layers=3))) == []
+    seq2seq = Seq2SeqConfig(num_encoder_layers=4, num_decoder_layers=3)
+    (what,) = found(TranslationConfig(moe=dense, model=seq2seq))
+    assert what.endswith("model.num_decoder_layers = 3")
+    assert found(TranslationConfig(moe=dense, model=replace(seq2seq, experts_in="encoder"))) == []

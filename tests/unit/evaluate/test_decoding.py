@@ -145,3 +145,13 @@ def test_length_penalty_prefers_longer_ones() -> None:
     assert short.score(0.0) > long.score(0.0)
     assert short.score(1.0) < long.score(1.0)
     assert long.score(1.0) == -1.5
+
+
+def test_logits_that_are_no_numbers_end_as_others_do() -> None:
+    """A rank that failed here would leave the others waiting."""
+    model, words = Markov(0), Vocabulary(2, 3, (2,))
+    model.logits[:] = float("nan")
+    (found,) = beam_search(model, torch.ones(1, 1).long(), [4], words, beam_size=2, length_penalty=1.0)
+    assert found[0].ids[-1] == 3
+    assert len(found[0].ids) <= 4
+    assert greedy(model, torch.ones(1, 1).long(), [4], words)[0].ids[-1] == 3

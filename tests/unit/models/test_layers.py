@@ -18,8 +18,8 @@ from moe_scale.models.layers import DenseFeedForward, Linear, TiedHead, TokenEmb
 T, D, V = 70, 6, 11  # T spans several chunks and the blocks of rows inside them
 
 
-def make_head(chunk_tokens: int = 16, dtype: torch.dtype = torch.float64) -> TiedHead:
-    return TiedHead(TokenEmbedding(V, D, Init(0)), chunk_tokens).to(dtype)
+def make_head(chunk_tokens: int = 16, dtype: torch.dtype = torch.float64, label_smoothing: float = 0.0) -> TiedHead:
+    return TiedHead(TokenEmbedding(V, D, Init(0)), chunk_tokens, label_smoothing).to(dtype)
 
 
 def make_hidden(dtype: torch.dtype = torch.float64, tokens: int = T) -> Tensor:
@@ -47,6 +47,22 @@ def test_fused_loss_and_gradients(chunk_tokens: int, ignored: float) -> None:
     # A factor on the loss, as a mean over targets or a loss scale puts there.
     for ours, theirs in zip(
         torch.autograd.grad(0.3 * loss, wanted), torch.autograd.grad(0.3 * expected, wanted), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("ignored", [0.0, 0.4])
+def test_smoothed_loss_and_gradients(ignored: float) -> None:
+    head, hidden, targets_T = make_head(label_smoothing=0.3), make_hidden(), make_targets(ignored)
+    found = head(hidden, targets_T)
+    logits = F.linear(hidden, head.weight)
+    expected = F.cross_entropy(logits, targets_T, reduction="sum", label_smoothing=0.3)
+    torch.testing.assert_close(found.loss, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found.nll, F.cross_entropy(logits, targets_T, reduction="sum").detach())
+    assert not found.nll.requires_grad
+    wanted = [hidden, head.weight]
+    for ours, theirs in zip(
+        torch.autograd.grad(0.3 * found.loss, wanted), torch.autograd.grad(0.3 * expected, wanted), strict=True
     ):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 

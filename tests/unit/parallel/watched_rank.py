@@ -29,6 +29,10 @@ if __name__ == "__main__":
             watched.at(0, "preparing the data", timed=False)
             time.sleep(8 if faulty else 0)
             dist.barrier()
+            watched.at(0, "evaluation")
+            for _ in range(3):  # together longer than hang_s, each part shorter
+                time.sleep(2)
+                watched.progressed()
         for step in range(1, 6):
             watched.at(step, "forward")
             if step == 3 and faulty:

@@ -288,6 +288,26 @@ def test_repeats_of_a_draw_count_once() -> None:
     assert repeat_spread(seen[::3]) is None
 
 
+def test_variants_of_a_draw_are_no_draws_of_their_own() -> None:
+    """What is drawn beside the one setting that counts must not look clear because each draw was trained four times."""
+    draw = np.random.default_rng(2)
+    clear = 0
+    for _ in range(6):
+        seen = []
+        for _ in range(10):
+            lr, other = draw.uniform(), draw.uniform()
+            for place, variant in enumerate("abcd"):
+                levels = {"variant": variant, "lr": f"{lr:.6g}", "other": f"{other:.6g}"}
+                seen.append(Observation(levels, 10 * lr + 0.5 * place + 0.1 * draw.normal()))
+        effects = {e.setting: e for e in main_effects(seen, ["variant", "lr", "other"], drawn=True).effects}
+        clear += effects["other"].verdict.startswith("clear")
+        assert effects["lr"].verdict.startswith("clear")
+        assert effects["variant"].verdict.startswith("clear"), "small, but in each draw"
+    assert clear <= 2, "6 tests at 5%: more than 2 in one of 400"
+    few = main_effects(seen[: 4 * 7], ["variant", "lr", "other"], drawn=True)
+    assert "7 draws" in few.remark
+
+
 def test_spearman_with_ties() -> None:
     # Ranks 1, 2.5, 2.5, 4 and 1, 2, 3, 4: covariance 4.5 over the root of 4.5 * 5.
     assert spearman([1, 5, 5, 9], [2, 3, 4, 8]) == pytest.approx(4.5 / np.sqrt(4.5 * 5))
@@ -434,6 +454,8 @@ def test_values_of_all_kinds_can_be_drawn(tmp_path: Path) -> None:
             write_run(tmp_path / name, trial.name, {10: 9.0, 20: 1.0 + number % 5})
         report = sweep_report.make_report(a_plan(trials, what.factors, drawn=drawn), tmp_path / name)
         assert len(plot(report, tmp_path / name)) == 3
+        told = " ".join(sweep_report.effect_notes(report))
+        assert ("look clear (p < 0.05) in about 10% of sweeps" in told) == (name == "draws"), "of two settings"
         header, cells = sweep_report.table_of(report)
         assert ("seed" in header) == (name == "repeats")
         assert {len(line) for line in cells} == {len(header)}

@@ -52,6 +52,7 @@ if what == "pair":
 if what == "dies":
     os.kill(os.getpid(), signal.SIGKILL)
 end(10)
+sys.exit(4 if what == "late" else 0)
 """
 
 
@@ -114,6 +115,16 @@ def test_trials_run_in_order_and_a_failure_stops_none(
     assert [starts(tmp_path, p.trial.name) for p in plan.trials] == [1, 2, 2, 2, 1]
     assert not (tmp_path / "trials" / "fails.failed").exists(), "a trial that ends well has not failed"
     assert "[1/5] good-1: eval/loss 2.5000, trained before" in capsys.readouterr().out
+
+
+def test_a_trial_that_fails_after_its_last_evaluation_is_not_done(
+    recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "trials").mkdir()
+    assert not sweep_run.train_trials(a_plan(recipe, "late"), tmp_path, 1, None)
+    assert "late: FAILED with exit code 4" in capsys.readouterr().out
+    assert not sweep_run.train_trials(a_plan(recipe, "late"), tmp_path, 1, None)
+    assert starts(tmp_path, "late") == 2, "it is tried again"
 
 
 @pytest.mark.parametrize(
