@@ -159,6 +159,9 @@ class ExampleDataConfig(Strict):
         "SentencePiece model, trained on the training text and kept in the run's folder, or the vocabulary of the "
         "installed sentence encoder",
     )
+    text_form: Literal["folded", "as_is"] = setting(
+        "folded", "folded: in lower case, punctuation apart from words; as_is: only white space and HTML are tidied"
+    )
     max_len: PositiveInt = setting(128, "positions of a sequence, at most; longer ones are counted and cut off")
     batch_examples: PositiveInt = setting(
         8, "examples that one unit of the DeepSpeed JSON's micro-batch size stands for"
@@ -206,6 +209,11 @@ class ExampleDataConfig(Strict):
         if self.features_field and not self.is_path:
             what = f"{self.features_field} with {where}.source = {self.source}"
             found.append(Problem(f"{where}.features_field", what, f"set {where}.source to a file of JSON lines"))
+        own_fields = {"text_fields": ("text",), "label_field": "label"}
+        for name, usual in own_fields.items():
+            if not self.is_path and getattr(self, name) != usual:
+                what = f"{getattr(self, name)} with {where}.source = {self.source}, which has fields of its own"
+                found.append(Problem(f"{where}.{name}", what, f"leave it out, or set {where}.source to a file"))
         if not self.text_fields:
             found.append(Problem(f"{where}.text_fields", "none", "name one at least"))
         if self.is_synthetic and self.max_len < 4:
