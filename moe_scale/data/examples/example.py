@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import html
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
-
 import numpy as np
 
 from moe_scale.data.pairs.sentences import clean, sentence_key, stable_hash
@@ -19,7 +19,8 @@ _PUNCTUATION = re.compile(r"([.,!?;:()\[\]\"/&*$%+=<>–—…]|--+)")
 _QUOTES = str.maketrans({"’": "'", "‘": "'", "`": "'", "“": '"', "”": '"'})
 
 
-class Example(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Example:
     """Something to classify, and its class.
 
     Attributes:
@@ -34,12 +35,13 @@ class Example(NamedTuple):
     features_SI: np.ndarray | None
     label: int
 
-    @property
+    @functools.cached_property
     def key(self) -> int:
         """64 bits that are equal for examples that are the same, whatever their label: texts of the same letters and
         digits, features of the same bytes."""
         if self.features_SI is not None:
-            return stable_hash(self.features_SI.tobytes().hex())
+            digest = hashlib.blake2b(self.features_SI.tobytes(), digest_size=8).digest()
+            return int.from_bytes(digest, "big")
         return stable_hash("\n".join(map(sentence_key, self.texts)))
 
 

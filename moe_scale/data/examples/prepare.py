@@ -268,7 +268,7 @@ def _write_split(
             row = _tokens(example, vocabulary) if vocabulary else _rows(example)
             cut += len(row) > max_len
             kept = np.asarray(row[:max_len], dtype=dtype).ravel()
-            content.update(inputs.append(kept.tolist()) + b"\xff" * 4)
+            content.update(inputs.append(kept) + b"\xff" * 4)
     content.update(labels_M.astype("<i8").tobytes())
     np.save(folder / f"{name}_labels.npy", labels_M)
     report.cut[name] = cut
