@@ -111,19 +111,14 @@ OWN_NAMES = {
 """What the sparse layer's settings are called in :class:`ClassifierModelConfig`, where a user sets them."""
 
 
-def _derived(default: float) -> dataclasses.Field:
-    """A field of the sparse layer that is no setting here."""
-    return field(init=False, default=default)  # type: ignore[return-value]
-
-
 @dataclass(frozen=True)
 class ClassifierMoEConfig(MoEConfig):
     """The settings of the sparse layer that the model's section does not have already."""
 
-    num_experts: int = _derived(8)  # type: ignore[assignment]
-    top_k: int = _derived(2)  # type: ignore[assignment]
-    router_temperature: float = _derived(1.0)  # type: ignore[assignment]
-    intermediate_size: int = _derived(128)  # type: ignore[assignment]
+    num_experts: int = field(init=False, default=8)
+    top_k: int = field(init=False, default=2)
+    router_temperature: float = field(init=False, default=1.0)
+    intermediate_size: int = field(init=False, default=128)
 
 
 def complete_moe(moe: MoEConfig, model: ClassifierModelConfig) -> MoEConfig:
@@ -147,7 +142,8 @@ class ExampleDataConfig(Strict):
         "file",
     )
     heldout: PathText = setting(
-        "", "path as a source: the file that is held out for the end of the run; empty takes test_fraction of the source"
+        "",
+        "path as a source: the file that is held out for the end of the run; empty takes test_fraction of the source",
     )
     text_fields: tuple[str, ...] = setting(("text",), "columns or JSON fields with the text; several are read in a row")
     features_field: str = setting(
@@ -192,9 +188,7 @@ class ExampleDataConfig(Strict):
     def problems(self, where: str) -> list[Problem]:
         found = []
         if not self.valid_fraction:
-            found.append(
-                Problem(f"{where}.valid_fraction", "0 leaves no example to evaluate on", "choose more than 0")
-            )
+            found.append(Problem(f"{where}.valid_fraction", "0 leaves no example to evaluate on", "choose more than 0"))
         own_heldout = not self.is_synthetic and not (self.is_path and not self.heldout)
         test_fraction = 0.0 if own_heldout else self.test_fraction
         if not own_heldout and not self.test_fraction:

@@ -26,7 +26,9 @@ def logistic_regression(examples: PreparedExamples, num_classes: int) -> dict[st
 
     train, test = examples.split("train"), examples.split("test")
     if examples.vocabulary is not None:
-        name, weigh = TFIDF, TfidfVectorizer(token_pattern=r"\S+")  # a text of one sign has a word as well
+        name, weigh = TFIDF, TfidfVectorizer()
+        if not any(map(weigh.build_analyzer(), train.texts())):  # words of two letters at least are what it takes
+            weigh = TfidfVectorizer(token_pattern=r"\S+")
         features, of_test = weigh.fit_transform(train.texts()), weigh.transform(test.texts())
     else:
         name, features, of_test = MEAN_FEATURES, train.mean_features(), test.mean_features()

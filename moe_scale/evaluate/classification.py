@@ -35,9 +35,10 @@ class Predictions:
     probs_NC: np.ndarray
 
     @property
-    def predicted_N(self) -> np.ndarray:
-        """The most probable class of each example."""
-        return self.probs_NC.argmax(axis=1)
+    def predicted(self) -> np.ndarray:
+        """The most probable class of each example, [N]."""
+        found: np.ndarray = self.probs_NC.argmax(axis=1)
+        return found
 
 
 @dataclass(frozen=True)
@@ -110,9 +111,9 @@ def predict(model: Callable[..., Any], batches: Iterable[ExampleBatch], device: 
 
 def score_predictions(predictions: Predictions) -> ClassificationScores:
     """All scores of predictions."""
-    from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
+    from sklearn.metrics import accuracy_score, confusion_matrix
 
-    labels_N, predicted_N = predictions.labels_N, predictions.predicted_N
+    labels_N, predicted_N = predictions.labels_N, predictions.predicted
     classes = np.arange(predictions.probs_NC.shape[1])
     of_label_N = predictions.probs_NC[np.arange(len(labels_N)), labels_N]
     accuracy = float(accuracy_score(labels_N, predicted_N))
@@ -141,7 +142,7 @@ def reliability(predictions: Predictions, num_bins: int = CALIBRATION_BINS) -> l
     from sklearn.calibration import calibration_curve
 
     confidence_N = predictions.probs_NC.max(axis=1).clip(0, 1)
-    right_N = (predictions.predicted_N == predictions.labels_N).astype(int)
+    right_N = (predictions.predicted == predictions.labels_N).astype(int)
     # scikit-learn returns the bins that have examples, without their number; the edges are its own.
     edges = np.linspace(0.0, 1.0, num_bins + 1)
     counts = np.bincount(np.searchsorted(edges[1:-1], confidence_N), minlength=num_bins)

@@ -28,7 +28,8 @@ def draw_confusion(scores: ClassificationScores, path: Path) -> None:
             axes.text(column, row, f"{count:,}", ha="center", va="center", color=colour, fontsize=9)
         axes.set_xticks(range(len(counts_CC)))
         axes.set_yticks(range(len(counts_CC)))
-    axes.set(xlabel="predicted class", ylabel="class", title=f"accuracy {scores.accuracy:.1%}, macro F1 {scores.f1:.3f}")
+    axes.set(xlabel="predicted class", ylabel="class")
+    axes.set_title(f"accuracy {scores.accuracy:.1%}, macro F1 {scores.f1:.3f}")
     figure.savefig(path, dpi=120)
 
 

@@ -38,7 +38,7 @@ class PretrainedEmbedding(TokenEmbedding):
     """A token embedding that begins with given vectors, scaled as a whole to the variance of random ones."""
 
     def __init__(self, vectors_VI: Tensor, init: Init):
-        super().__init__(*vectors_VI.shape, init)
+        super().__init__(vectors_VI.shape[0], vectors_VI.shape[1], init)
         if not self.weight.is_meta:
             scale = vectors_VI.shape[1] ** -0.5 / vectors_VI.float().std()
             with torch.no_grad():

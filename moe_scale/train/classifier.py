@@ -144,7 +144,8 @@ class ClassifierTask(Task):
         return lines
 
     def _chance(self, found: ClassificationScores) -> dict[str, float]:
-        """What always naming the most frequent class of training scores, and the standard error of such an accuracy."""
+        """Accuracies without a look at the examples: always the most frequent class of training, and even guessing with
+        its standard error."""
         train, test = self.examples.split("train"), self.examples.split("test")
         most_frequent = np.bincount(train.labels_M).argmax()
         accuracy = float(np.mean(test.labels_M == most_frequent))
@@ -161,7 +162,7 @@ class ClassifierTask(Task):
             rows = zip(
                 predictions.places_N.tolist(),
                 predictions.labels_N.tolist(),
-                predictions.predicted_N.tolist(),
+                predictions.predicted.tolist(),
                 predictions.probs_NC.tolist(),
                 strict=True,
             )
@@ -176,10 +177,10 @@ class ClassifierTask(Task):
 
 def _by_chance(found: ClassificationScores, chance: dict[str, float]) -> str:
     """How far the accuracy is from guessing."""
-    errors = (found.accuracy - chance["even"]) / chance["standard_error"]
+    errors = abs(found.accuracy - chance["even"]) / chance["standard_error"]
     return (
-        f"guessing {chance['even']:.1%}, {abs(errors):.1f} standard errors {'below' if errors >= 0 else 'above'}; the "
-        f"most frequent class {chance['accuracy']:.1%}"
+        f"guessing gives {chance['even']:.1%}, {errors:.1f} standard errors from that, and the most frequent class "
+        f"{chance['accuracy']:.1%}"
     )
 
 

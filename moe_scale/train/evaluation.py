@@ -1,4 +1,4 @@
-"""Held-out scores during a run: which are the best so far, whether there is still hope, and back to the best weights."""
+"""Held-out scores during a run: which are the best so far, when to stop, and back to the best weights."""
 
 from __future__ import annotations
 

@@ -96,7 +96,9 @@ def train(job: Job) -> None:
                 summary = task.summarize(run.engine, state.scores, job.run_dir)
                 dist.barrier()
     if launch.is_main:
-        _print_summary([*summary, *ended, ("tokens seen", f"{state.tokens:,}"), ("run folder", str(job.run_dir.resolve()))])
+        _print_summary(
+            [*summary, *ended, ("tokens seen", f"{state.tokens:,}"), ("run folder", str(job.run_dir.resolve()))]
+        )
     task.batches().close()
     dist.barrier()
     run.engine.destroy()
@@ -226,7 +228,7 @@ def _train_steps(run: Run) -> None:
             leaving = last or outcome.asked_to_stop
             # Who is asked to stop has little time, and evaluates when it has gone on.
             is_best = (last or (_due(config.eval.every, state.step) and not leaving)) and evaluate(run)
-            if run.patience is not None and run.agreement.any(run.patience.is_over)[0]:
+            if run.patience is not None and not leaving and run.agreement.any(run.patience.is_over)[0]:
                 last = leaving = True
             if leaving or is_best or _due(config.checkpoint.every, state.step):
                 _save(run, best=is_best)
@@ -237,6 +239,8 @@ def _train_steps(run: Run) -> None:
             raise checkpoint.NotSavedError(f"step {state.step} was not saved: {run.saver.failure}")
         if outcome.asked_to_stop and not last:
             raise PreemptedError(f"stopped and saved after step {state.step}; --resume auto continues")
+        if last:
+            return
 
 
 def _step(run: Run, *, logged: bool) -> StepOutcome:

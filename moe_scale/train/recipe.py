@@ -205,7 +205,10 @@ def prepare_job(
         problems += error.problems
     task = recipe.task(config)
     problems += task.check()
-    scores = {"checkpoint.save_best": config.checkpoint.save_best, "early_stopping.metric": config.early_stopping.metric}
+    scores = {
+        "checkpoint.save_best": config.checkpoint.save_best,
+        "early_stopping.metric": config.early_stopping.metric,
+    }
     for name, score in scores.items():
         if score and score not in task.scores:
             problems.append(Problem(name, f"{score!r}", f"choose one of {', '.join(task.scores)}"))

@@ -8,6 +8,7 @@ import html
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+
 import numpy as np
 
 from moe_scale.data.pairs.sentences import clean, sentence_key, stable_hash
@@ -15,8 +16,8 @@ from moe_scale.data.report import SkipReport
 
 SPLITS = ("train", "valid", "test")
 
-_PUNCTUATION = re.compile(r"([.,!?;:()\[\]\"/&*$%+=<>–—…]|--+)")
-_QUOTES = str.maketrans({"’": "'", "‘": "'", "`": "'", "“": '"', "”": '"'})
+_PUNCTUATION = re.compile(r"([.,!?;:()\[\]\"/&*$%+=<>\u2013\u2014\u2026]|--+)")  # dashes and the ellipsis too
+_QUOTES = str.maketrans({"\u2018": "'", "\u2019": "'", "`": "'", "\u201c": '"', "\u201d": '"'})
 
 
 @dataclass(frozen=True, eq=False)

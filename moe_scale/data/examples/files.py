@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import csv
 import gzip
-import io
 import json
 import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TextIO, cast
 
 from moe_scale.config import ExampleDataConfig
 from moe_scale.data.report import SkipReport
@@ -78,16 +77,21 @@ def read_records(path: Path, report: SkipReport) -> Iterator[tuple[str, Record]]
     """
     kind = kind_of(path)
     try:
-        raw = cast(io.BufferedIOBase, gzip.open(path)) if path.name.lower().endswith(".gz") else path.open("rb")
-        with io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as file:
+        with _open(path) as file:
             yield from _json_lines(path, file, report) if kind == "jsonl" else _table(path, file, kind, report)
     except UnicodeDecodeError as error:
-        raise ConfigError(Problem(str(path), f"{path.name} is not UTF-8 ({error.reason})", "convert it: iconv", True)) from error
+        what = f"{path.name} is not UTF-8 ({error.reason})"
+        raise ConfigError(Problem(str(path), what, "convert it with iconv", True)) from error
     except (OSError, EOFError, zlib.error, csv.Error) as error:
         raise ConfigError(Problem(str(path), f"{path.name} cannot be read ({error})", "", True)) from error
 
 
-def _table(path: Path, file: Any, kind: str | None, report: SkipReport) -> Iterator[tuple[str, Record]]:
+def _open(path: Path) -> TextIO:
+    how: dict[str, Any] = {"encoding": "utf-8-sig", "newline": ""}  # csv wants the ends of lines as they are
+    return cast(TextIO, gzip.open(path, "rt", **how)) if path.name.lower().endswith(".gz") else path.open(**how)
+
+
+def _table(path: Path, file: TextIO, kind: str | None, report: SkipReport) -> Iterator[tuple[str, Record]]:
     # Quotes in tables with tabs are text, as those of GLUE have them.
     how: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if kind == "tsv" else {"strict": True}
     rows = csv.reader(file, **how)
@@ -102,7 +106,7 @@ def _table(path: Path, file: Any, kind: str | None, report: SkipReport) -> Itera
             yield where, dict(zip(names, row, strict=True))
 
 
-def _json_lines(path: Path, file: Any, report: SkipReport) -> Iterator[tuple[str, Record]]:
+def _json_lines(path: Path, file: TextIO, report: SkipReport) -> Iterator[tuple[str, Record]]:
     for number, line in enumerate(file, start=1):
         where = f"{path.name}, line {number}"
         if not line.strip():

@@ -22,7 +22,7 @@ FIELDS = {
 }
 """Task to the fields with its texts. STS-B has scores and no classes."""
 
-HELDOUT = {task: "validation" for task in FIELDS} | {"mnli": "validation_matched"}
+HELDOUT = dict.fromkeys(FIELDS, "validation") | {"mnli": "validation_matched"}
 """The split that is held out: the labels of the test sets are not public."""
 
 

@@ -48,8 +48,11 @@ def installed_file(place: Place) -> Path | None:
 
 def missing(where: str, *places: Place) -> list[Problem]:
     """A problem at the setting ``where`` for each of these files that is not installed."""
-    lacking = [place for place in places if installed_file(place) is None]
-    return [Problem(where, f"{name} of the package {package} is not installed", INSTALL, True) for package, name in lacking]
+    return [
+        Problem(where, f"{name} of the package {package} is not installed", INSTALL, this_host_only=True)
+        for package, name in places
+        if installed_file((package, name)) is None
+    ]
 
 
 def review_records() -> Iterator[tuple[str, str, int]]:

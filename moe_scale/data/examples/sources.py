@@ -114,7 +114,8 @@ class _Labels:
         if self.num_bad:
             more = ", ..." if self.num_bad > len(self.bad) else ""
             what = f"{self.num_bad:,} labels are no whole numbers from 0 [{'; '.join(self.bad)}{more}]"
-            raise ConfigError(Problem("data.label_field", what, "name the column of the classes, numbered from 0", True))
+            instead = "name the column of the classes, numbered from 0"
+            raise ConfigError(Problem("data.label_field", what, instead, this_host_only=True))
 
 
 def _has_held_out(data: ExampleDataConfig) -> bool:
@@ -181,7 +182,8 @@ def _require_examples(config: ClassifierConfig, source: Source, report: ExampleR
         empty.append(("data.source", data.source))
     if not source.held_out and _has_held_out(data):
         empty.append(("data.heldout", data.heldout or data.source))
-    raise_if([Problem(where, f"{name} has no example that can be used{why}", files.ALLOWED, True) for where, name in empty])
+    what = f"no example that can be used{why}"
+    raise_if([Problem(where, f"{name} has {what}", files.ALLOWED, this_host_only=True) for where, name in empty])
 
 
 def _require_classes(source: Source, num_classes: int) -> None:

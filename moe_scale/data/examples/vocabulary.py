@@ -57,7 +57,10 @@ class EncoderVocabulary:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.vocab_size: int = self._tokenizer.get_vocab_size()
-        self.separator_id: int = self._tokenizer.token_to_id("[SEP]")
+        separator = self._tokenizer.token_to_id("[SEP]")
+        if separator is None or self._tokenizer.token_to_id("[PAD]") != PAD:
+            raise ValueError("it has no [SEP], or its [PAD] is not 0")
+        self.separator_id: int = separator
         self.fingerprint = hashlib.sha256(content).hexdigest()[:16]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
