@@ -164,9 +164,10 @@ def test_counts_are_those_of_the_module(enabled: bool, of_features: bool) -> Non
         built = build(model, moe, of_features=of_features)
         assert num_params(model, moe, of_features=of_features) == sum(p.numel() for p in built.parameters())
         unused = sum(p.numel() for name, p in built.named_parameters() if ".experts." in name) / 2
-        assert num_active_params(model, moe, of_features=of_features) == num_params(
-            model, moe, of_features=of_features
-        ) - unused
+        assert (
+            num_active_params(model, moe, of_features=of_features)
+            == num_params(model, moe, of_features=of_features) - unused
+        )
 
 
 def test_flops_are_those_of_the_products() -> None:
