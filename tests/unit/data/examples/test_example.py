@@ -50,7 +50,8 @@ def test_features_are_the_same_by_their_bytes() -> None:
 
 def test_texts_that_are_none_are_counted() -> None:
     report = ExampleReport()
-    for number, texts in enumerate([("good",), ("", ), (" \n ",), (None,), (3,), ("good", ""), ("\ud800",)]):  # fmt: skip
+    given_texts: list[tuple] = [("good",), ("",), (" \n ",), (None,), (3,), ("good", ""), ("\ud800",)]
+    for number, texts in enumerate(given_texts):
         cleaned(f"line {number}", texts, 0, report, as_is=False)
     assert report.skipped == {"empty text": 3, "not text": 2, "not valid Unicode": 1}
     assert report.examples["not text"] == ["line 3 (NoneType)", "line 4 (int)"]

@@ -157,6 +157,6 @@ def test_damaged_files_are_told(name: str, settings: Settings, tmp_path: Path) -
     config = settings(source=write_json_lines(tmp_path / "a.jsonl", some_texts(60)))
     path = prepare_examples(config).folder / name
     path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(ConfigError, match=r"data.cache_dir: .*|.*") as refused:
+    with pytest.raises(ConfigError, match="are damaged") as refused:
         prepare_examples(config)
     assert refused.value.problems[0].where == "data.cache_dir"

