@@ -32,7 +32,7 @@ from moe_scale.train import snapshot
 log = logging.getLogger(__name__)
 
 SETTINGS_THAT_MAY_CHANGE = {
-    "data": ("num_workers", "cache_dir", "shuffle_buffer"),
+    "data": ("num_workers", "cache_dir", "shuffle_buffer", "batch_examples"),
     "model": ("activation_checkpointing", "loss_chunk_tokens", "temperature"),
     "moe": (
         "backend",

@@ -20,6 +20,10 @@ BEST, STOPPING = "best", "stopping"
 """What the scores of a checkpoint hold besides scores: the best so far, and the state of :class:`Patience`."""
 
 
+RESTORED = "eval/restored_step"
+"""In the last record of a run with early stopping: the step whose weights it ends with."""
+
+
 def is_better(score: float, than: float | None, way: Way, by: float = 0.0) -> bool:
     """Whether a score is better than another by more than ``by``. Anything finite is better than nothing."""
     if not math.isfinite(score):
@@ -111,12 +115,16 @@ def restore_best(run: Run) -> list[tuple[str, str]]:
     run.at("restoring the best weights")
     ended = f"stopped at step {state.step}: {run.patience}" if run.patience.is_over else f"not before step {state.step}"
     settle_best(run)
+    best = state.scores.get(BEST)
     found = checkpoint.best_intact(run.job.run_dir)
-    if found is None or BEST not in state.scores:
-        return [("early stopping", f"{ended}; no best checkpoint could be read, the weights are the last ones")]
+    if found is None or best is None or best["score"] != run.patience.config.metric:  # it was never a number
+        return [("early stopping", f"{ended}; there is no best checkpoint, and the weights are the last ones")]
     path, index = found
     if index.step != state.step:
         snapshot.put(run.engine, Reader(path, index), step=index.step)
         state.scores = index.scores
+    # The last scores of a run's record are those of the weights that it ends with.
+    scores = {name: score for name, score in state.scores.items() if name not in (BEST, STOPPING)}
+    run.logger.log({"step": state.step, "tokens": state.tokens} | scores | {RESTORED: index.step})
     value = index.scores[BEST]["value"]
     return [("early stopping", f"{ended}; the weights are those of step {index.step}, the best, with {value:.4f}")]

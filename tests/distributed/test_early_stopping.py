@@ -39,6 +39,8 @@ def test_all_ranks_stop_together_and_a_resumed_run_where_the_whole_one_does(tmp_
     scores = scores_of(tmp_path / "whole")
     assert list(scores) == [2, 4, 6]
     assert scores_of(tmp_path / "cut") == scores
+    last = json.loads((tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert (last["step"], last["eval/restored_step"]) == (6, min(scores, key=lambda step: scores[step]))
     best = min(scores, key=lambda step: scores[step])
     for name in ("whole", "cut"):
         checkpoints = tmp_path / name / "checkpoints"
