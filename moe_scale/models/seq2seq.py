@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from moe_scale.config import MoEConfig, Seq2SeqConfig
 from moe_scale.initialization import Init
-from moe_scale.models.attention import Rope, rope_tables
+from moe_scale.models.attention import Rope
+from moe_scale.models.encoder import EncoderLayer, key_mask, with_positions
 from moe_scale.models.layers import TiedHead, TokenEmbedding, dense_width, is_sparse
 from moe_scale.models.transformer import (
     FeedForward,
@@ -23,7 +24,6 @@ from moe_scale.models.transformer import (
     MultiHeadAttention,
     Sublayer,
     build_norm,
-    sinusoids,
 )
 from moe_scale.moe.layer import MoEStats
 from moe_scale.parallel.groups import ParallelGroups
@@ -69,23 +69,6 @@ class DecoderState(NamedTuple):
             LayerState(None if past is None else past.select(rows), source.select(rows)) for past, source in self.layers
         )
         return DecoderState(layers, self.source_mask.index_select(0, rows), self.length)
-
-
-class EncoderLayer(nn.Module):
-    """Self-attention over the whole source, then the feed-forward."""
-
-    def __init__(self, config: Seq2SeqConfig, feed_forward: FeedForward, init: Init, depth_scale: float):
-        super().__init__()
-        self.self_attention = MultiHeadAttention(config, init / "self_attention", depth_scale)
-        self.attention_residual = Sublayer(config)
-        self.feed_forward = feed_forward
-
-    def forward(
-        self, x_BSD: Tensor, ids_BS: Tensor, valid_BS: Tensor, mask: Tensor, rope: Rope | None
-    ) -> tuple[Tensor, MoEStats | None]:
-        given = self.attention_residual.before(x_BSD)
-        attended = self.self_attention(given, self.self_attention.keys_values(given, rope), mask, rope)
-        return self.feed_forward(self.attention_residual.after(x_BSD, attended), valid_BS, ids_BS)
 
 
 class DecoderLayer(nn.Module):
@@ -196,11 +179,7 @@ class Seq2Seq(nn.Module):
 
     def _encode(self, ids_BS: Tensor) -> tuple[DecoderState, list[MoEStats]]:
         valid_BS = ids_BS != PAD_ID
-        # A row of padding alone, as ranks without a sentence have, looks at its first token: a softmax over nothing
-        # is NaN.
-        seen_BS = valid_BS.clone()
-        seen_BS[:, 0] = True
-        mask = seen_BS[:, None, None, :]
+        mask = key_mask(valid_BS)
         x_BSD, rope = self._embed(ids_BS, 0, "source_positions")
         x_BSD, stats = self._run(self.encoder, x_BSD, ids_BS, valid_BS, mask, rope)
         x_BSD = self.encoder_norm(x_BSD)
@@ -230,15 +209,9 @@ class Seq2Seq(nn.Module):
 
     def _embed(self, ids: Tensor, start: int, positions: str) -> tuple[Tensor, Rope | None]:
         """The scaled embedding (arXiv 1706.03762, section 3.4) with its positions, and the angles of rotary ones."""
-        config, length = self.config, ids.shape[1]
-        x = self.embedding(ids) * config.d_model**0.5
-        if config.positions == "rotary":
-            return self.dropout(x), rope_tables(length, config.head_width, config.rope_theta, ids.device, start)
-        places = torch.arange(start, start + length, device=ids.device)
-        if config.positions == "learned":
-            # As the embedding they are drawn small, and scaled up to the stream.
-            return self.dropout(x + getattr(self, positions)(places) * config.d_model**0.5), None
-        return self.dropout(x + sinusoids(places, config.d_model).to(x.dtype)), None
+        learned = getattr(self, positions) if self.config.positions == "learned" else None
+        x, rope = with_positions(self.embedding(ids) * self.config.d_model**0.5, self.config, learned, start)
+        return self.dropout(x), rope
 
     def _run(self, layers: nn.ModuleList, x_BSD: Tensor, *inputs: Any) -> tuple[Tensor, list[MoEStats]]:
         stats = []

@@ -2,35 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from moe_scale.config import MoEConfig, Seq2SeqConfig
-from moe_scale.models.layers import is_sparse
 from moe_scale.models.seq2seq import part_moe
+from moe_scale.models.transformer_counts import PartCounts, stack_params
 
 Part = Literal["encoder", "decoder"]
-
-
-@dataclass(frozen=True)
-class PartCounts:
-    """Parameters of the encoder or of the decoder; of the experts all, or those that a token uses."""
-
-    attention: int
-    router: int
-    experts: int
-    dense_ffn: int
-    norms: int
-    expert_biases: int
-    """Those of ``experts`` that are no matrices."""
-
-    @property
-    def total(self) -> int:
-        return self.attention + self.router + self.experts + self.dense_ffn + self.norms
-
-    @property
-    def matrices(self) -> int:
-        return self.total - self.norms - self.expert_biases
 
 
 def num_params(model: Seq2SeqConfig, moe: MoEConfig) -> int:
@@ -45,24 +23,9 @@ def num_active_params(model: Seq2SeqConfig, moe: MoEConfig) -> int:
 
 def part_params(model: Seq2SeqConfig, moe: MoEConfig, part: Part, *, active: bool = False) -> PartCounts:
     """Parameters of one half."""
-    moe, width = part_moe(model, moe, part)
+    moe, _ = part_moe(model, moe, part)
     layers = model.num_encoder_layers if part == "encoder" else model.num_decoder_layers
-    sparse = sum(is_sparse(moe, layer) for layer in range(layers))
-    attentions = 1 if part == "encoder" else 2
-    d_model, matrices = model.d_model, 3 if moe.activation == "swiglu" else 2
-    norm = d_model * (2 if model.norm == "layernorm" else 1)
-    counted = sparse * (moe.top_k if active else moe.num_experts)
-    biases = (matrices - 1) * moe.intermediate_size + d_model if moe.expert_bias else 0
-    scores = {"hash": 0, "noisy": 2}.get(moe.router, 1)
-    dense_half = moe.intermediate_size if moe.residual else moe.shared_intermediate_size
-    return PartCounts(
-        attention=layers * attentions * 4 * d_model * model.num_heads * model.head_width,
-        router=sparse * d_model * (moe.num_experts * scores + 2 * moe.residual),
-        experts=counted * (matrices * d_model * moe.intermediate_size + biases),
-        dense_ffn=matrices * d_model * ((layers - sparse) * width + sparse * dense_half),
-        norms=norm * (layers * (attentions + 1) + (model.norm_order == "pre")),
-        expert_biases=counted * biases,
-    )
+    return stack_params(model, moe, layers=layers, attentions=1 if part == "encoder" else 2, active=active)
 
 
 Lengths = TypeVar("Lengths", float, Any)

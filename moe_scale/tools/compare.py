@@ -49,6 +49,11 @@ CHOICES = {
     HUGGING_FACE: "Hugging Face's Qwen3-MoE block, grouped_mm; its layer alone",
 }
 DEFAULT_CHOICES = [name for name in CHOICES if name != "triton"]
+NOT_GIVEN = {
+    **dict.fromkeys(("--moe.backend", "--moe.enabled", "--resume"), "is what a comparison varies"),
+    "--early_stopping.metric": "would end the variants at different steps",
+}
+"""Flags that a recipe has and a comparison refuses, and why."""
 Row = dict[str, Any]
 
 
@@ -133,13 +138,14 @@ def _prepare(recipe: Recipe, variants: list[str], argv: list[str], folder: Path)
     """The jobs of all that is trained, checked before the first one starts; the problems of all variants at once."""
     jobs: dict[str, Job] = {}
     problems = [
-        Problem(flag, "is what a comparison varies", f"leave it out; --variants chooses from {', '.join(CHOICES)}")
-        for flag in ("--moe.backend", "--moe.enabled", "--resume")
+        Problem(flag, what, f"leave it out; --variants chooses from {', '.join(CHOICES)}")
+        for flag, what in NOT_GIVEN.items()
         if any(word == flag or word.startswith(f"{flag}=") for word in argv)
     ]
     trained = [name for name in variants if name in VARIANTS]
     for name in trained:
-        fixed = ["--resume", "never", "--output_dir", str(folder / name)]
+        # Curves are held against each other step by step: all variants take all steps.
+        fixed = ["--resume", "never", "--early_stopping.metric", "", "--output_dir", str(folder / name)]
         try:
             jobs[name] = prepare_job(recipe, [*argv, *VARIANTS[name], *fixed])
         except ConfigError as error:

@@ -32,8 +32,8 @@ from moe_scale.train import snapshot
 log = logging.getLogger(__name__)
 
 SETTINGS_THAT_MAY_CHANGE = {
-    "data": ("num_workers", "cache_dir", "shuffle_buffer"),
-    "model": ("activation_checkpointing", "loss_chunk_tokens"),
+    "data": ("num_workers", "cache_dir", "shuffle_buffer", "batch_examples"),
+    "model": ("activation_checkpointing", "loss_chunk_tokens", "temperature"),
     "moe": (
         "backend",
         "kernels",
@@ -263,7 +263,17 @@ def check_together(path: Path, index: Index) -> list[Problem]:
 
 def newest_intact(run_dir: Path) -> tuple[Path, Index] | None:
     """The newest checkpoint whose every byte is as it was written; all ranks together."""
-    names = [[path.name for path in folders.complete(run_dir)]]
+    return _first_intact(run_dir, folders.complete(run_dir))
+
+
+def best_intact(run_dir: Path) -> tuple[Path, Index] | None:
+    """The checkpoint that ``checkpoints/best`` points to, if it is as it was written; all ranks together."""
+    link = folders.checkpoints_of(run_dir) / "best"
+    return _first_intact(run_dir, [link.resolve()] if link.exists() else [])
+
+
+def _first_intact(run_dir: Path, paths: list[Path]) -> tuple[Path, Index] | None:
+    names = [[path.name for path in paths]]
     dist.broadcast_object_list(names)  # file systems of several hosts may lag behind each other
     for name in names[0]:
         path = folders.checkpoints_of(run_dir) / name

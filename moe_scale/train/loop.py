@@ -31,6 +31,7 @@ from moe_scale.telemetry.steps import StepMeter
 from moe_scale.telemetry.throughput import Throughput, mfu, peak_flops
 from moe_scale.train import checkpoint, preflight, snapshot
 from moe_scale.train.engine import build_engine
+from moe_scale.train.evaluation import BEST, STOPPING, Patience, evaluate, restore_best, settle_best
 from moe_scale.train.faults import (
     Agreement,
     BadSteps,
@@ -90,11 +91,14 @@ def train(job: Job) -> None:
                 run.saver,
             ):
                 _train_steps(run)
+                ended = restore_best(run)
                 run.at("summary")
                 summary = task.summarize(run.engine, state.scores, job.run_dir)
                 dist.barrier()
     if launch.is_main:
-        _print_summary([*summary, ("tokens seen", f"{state.tokens:,}"), ("run folder", str(job.run_dir.resolve()))])
+        _print_summary(
+            [*summary, *ended, ("tokens seen", f"{state.tokens:,}"), ("run folder", str(job.run_dir.resolve()))]
+        )
     task.batches().close()
     dist.barrier()
     run.engine.destroy()
@@ -139,7 +143,8 @@ class RunState:
     Attributes:
         step: optimizer steps done.
         tokens: seen over all ranks.
-        scores: the last held-out scores; as ``best`` the best so far, and of which score.
+        scores: the last held-out scores; as ``best`` the best so far, and of which score; as ``stopping`` how long
+            it has got no better.
     """
 
     step: int
@@ -167,6 +172,9 @@ class Run:
         self.bad_steps = BadSteps(config.faults)
         self.spikes = SpikeWatch(config.faults)
         self.collapse = CollapseWatch(config.faults, job.task.sparse_layers, config.moe.top_k)
+        self.patience: Patience | None = None
+        if metric := config.early_stopping.metric:
+            self.patience = Patience(config.early_stopping, job.task.scores[metric], state.scores.get(STOPPING))
         facts = {"kind": job.task.model_kind, "settings": to_dict(config), "layout": job.layout}
         self.saver = checkpoint.Saver(
             job.run_dir, config.checkpoint, facts, config.optim.name, snapshot.held_bytes(engine)
@@ -220,7 +228,9 @@ def _train_steps(run: Run) -> None:
                 continue
             leaving = last or outcome.asked_to_stop
             # Who is asked to stop has little time, and evaluates when it has gone on.
-            is_best = (last or (_due(config.eval.every, state.step) and not leaving)) and _evaluate(run)
+            is_best = (last or (_due(config.eval.every, state.step) and not leaving)) and evaluate(run)
+            if run.patience is not None and not leaving and run.agreement.any(run.patience.is_over)[0]:
+                last = leaving = True
             if leaving or is_best or _due(config.checkpoint.every, state.step):
                 _save(run, best=is_best)
             if leaving:
@@ -230,6 +240,8 @@ def _train_steps(run: Run) -> None:
             raise checkpoint.NotSavedError(f"step {state.step} was not saved: {run.saver.failure}")
         if outcome.asked_to_stop and not last:
             raise PreemptedError(f"stopped and saved after step {state.step}; --resume auto continues")
+        if last:
+            return
 
 
 def _step(run: Run, *, logged: bool) -> StepOutcome:
@@ -311,39 +323,12 @@ def _log(run: Run, record: dict[str, Any]) -> None:
     run.tell(run.collapse.look(record))
 
 
-def _evaluate(run: Run) -> bool:
-    """Score the held-out data. Returns whether it is the best so far, where ``checkpoint.save_best`` asks for that."""
-    state, wanted = run.state, run.job.config.checkpoint.save_best
-    run.at("evaluation")
-    scores = run.job.task.evaluate(run.engine)
-    _settle_best(run)
-    best = state.scores.get("best")
-    state.scores = scores | ({"best": best} if best else {})
-    run.logger.log({"step": state.step, "tokens": state.tokens} | scores)
-    run.progress.message(f"step {state.step}: held-out loss {scores['eval/loss']:.4f}")
-    if not wanted or not math.isfinite(scores[wanted]):
-        return False
-    sign = 1 if run.job.task.scores[wanted] == "lower" else -1
-    if best and best["score"] == wanted and sign * scores[wanted] >= sign * best["value"]:
-        return False
-    run.new_best = {"score": wanted, "value": scores[wanted]}
-    return True
-
-
-def _settle_best(run: Run) -> None:
-    """A score is the best so far once its checkpoint is there."""
-    run.saver.wait()
-    if run.new_best and not run.agreement.any(bool(run.saver.failure))[0]:
-        run.state.scores["best"] = run.new_best
-    run.new_best = None
-
-
 def _save(run: Run, *, best: bool) -> None:
     state = run.state
     run.at("save")
     if not best:
-        _settle_best(run)
-    scores = state.scores | ({"best": run.new_best} if best else {})
+        settle_best(run)
+    scores = state.scores | ({BEST: run.new_best} if best else {})
     moment = checkpoint.Moment(state.step, state.tokens, scores)
     run.saver.save(run.engine, moment, run.job.task.batches().state_dict(), best=best)
 

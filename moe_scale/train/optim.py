@@ -11,7 +11,7 @@ from moe_scale.config import OptimConfig, RunConfig
 from moe_scale.errors import Problem
 from moe_scale.parallel.zero import expert_group_name, full_shape
 
-PARTS = ("embedding", "attention", "router", "experts", "ffn", "norms")
+PARTS = ("embedding", "projections", "attention", "router", "experts", "ffn", "norms")
 """Groups of parameters whose gradient norms are reported apart."""
 
 
@@ -27,6 +27,8 @@ def part_of(name: str) -> str:
         return "norms"
     if "attention." in name:
         return "attention"
+    if name.startswith(("project.", "pooling.", "head.")):  # into the stream of a classifier, and out of it
+        return "projections"
     return "ffn" if ".ffn." in name else "embedding"
 
 

@@ -26,6 +26,7 @@ from moe_scale.parallel.launch import Launch
 from moe_scale.settings import read_settings, to_dict, to_yaml
 from moe_scale.telemetry.quiet import quiet
 from moe_scale.train import checkpoint
+from moe_scale.train.evaluation import STOPPING
 from moe_scale.train.faults import PreemptedError
 from moe_scale.train.optim import optimizer_problems
 from moe_scale.train.task import Task
@@ -165,13 +166,12 @@ def read_run(
             print(to_yaml(config), end="")
         raise SystemExit(0)
 
-    problems = list(settings.problems)
     ds_plan, ds_problems = plan(_with_ep_size(config, config.moe.ep_size or 1), launch, device)
     if config.moe.ep_size == 0:
         config = _with_ep_size(config, _widest_ep_size(config, ds_plan, launch))
-    problems += ds_problems + unsupported(config.moe, zero_stage=ds_plan.stage, on_cpu=device.is_cpu)
+    problems = ds_problems + unsupported(config.moe, zero_stage=ds_plan.stage, on_cpu=device.is_cpu)
     problems += optimizer_problems(config.optim, offload=ds_plan.offload)
-    return config, ds_plan, problems
+    return config, ds_plan, settings.problems + config.in_own_words(problems)
 
 
 def prepare_job(
@@ -204,8 +204,13 @@ def prepare_job(
         problems += error.problems
     task = recipe.task(config)
     problems += task.check()
-    if (best := config.checkpoint.save_best) and best not in task.scores:
-        problems.append(Problem("checkpoint.save_best", f"{best!r}", f"choose one of {', '.join(task.scores)}"))
+    scores = {
+        "checkpoint.save_best": config.checkpoint.save_best,
+        "early_stopping.metric": config.early_stopping.metric,
+    }
+    for name, score in scores.items():
+        if score and score not in task.scores:
+            problems.append(Problem(name, f"{score!r}", f"choose one of {', '.join(task.scores)}"))
     job = Job(recipe.name, config, ds_plan, launch, device, task, None, argv)
     resume_from, resume_problems, remarks = _resume(job) if look_at_folder else (None, [], ())
     raise_if(problems + resume_problems)
@@ -259,6 +264,11 @@ def _resume(job: Job) -> tuple[Path | None, list[Problem], tuple[str, ...]]:
     if index.step >= config.max_steps:
         what = f"{config.max_steps}, but {path.name} is already there"
         problems.append(here("max_steps", what, f"choose more than {index.step}"))
+    kept, stopping = index.scores.get(STOPPING), config.early_stopping
+    if stopping.metric and kept and kept["metric"] == stopping.metric and kept["stale"] >= stopping.patience:
+        what = f"{stopping.patience}, and {path.name} is where {stopping.metric} ended the run by it"
+        instead = f"choose more than {kept['stale']}, or early_stopping.metric '' to go on without"
+        problems.append(here("early_stopping.patience", what, instead))
     return path, problems, (*remarks, *checkpoint.changed_settings(index, to_dict(config)))
 
 

@@ -148,9 +148,19 @@ def test_a_layer_that_hugging_face_lacks_is_refused(tiny_flags: list[str], tmp_p
 
 
 def test_what_a_comparison_varies_is_not_given(tiny_flags: list[str], tmp_path: Path) -> None:
-    given = ["--moe.backend=custom", "--moe.enabled", "false", "--resume", "auto"]
+    given = [
+        "--moe.backend=custom",
+        "--moe.enabled",
+        "false",
+        "--resume",
+        "auto",
+        "--early_stopping.metric",
+        "eval/loss",
+    ]
     found = refused(*tiny_flags, *given, "--output_dir", str(tmp_path / "compare"))
-    assert [line.partition(":")[0] for line in found] == ["--moe.backend", "--moe.enabled", "--resume"]
+    assert [line.partition(":")[0] for line in found] == [
+        "--moe.backend", "--moe.enabled", "--resume", "--early_stopping.metric",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("held", ["compare.json", "custom/run.json"])

@@ -15,7 +15,7 @@ from moe_scale import cli
 from moe_scale.parallel import device as devices
 from moe_scale.parallel import launch as launches
 from moe_scale.train.recipe import Recipe, prepare_job
-from recipes import lm_16l, translation
+from recipes import classifier, lm_16l, translation
 from tests.ranks import REPO, free_port, run_ranks
 from tests.unit.checkpoint.builders import small_config, write_checkpoint
 
@@ -29,7 +29,7 @@ def gpu_ranks(command: str) -> tuple[int, int] | None:
     return next((ranks for mark, ranks in GPU_RANKS.items() if mark in command), None)
 
 
-RECIPES = {"recipes/translation.py": translation.RECIPE}
+RECIPES = {"recipes/translation.py": translation.RECIPE, "recipes/classifier.py": classifier.RECIPE}
 
 
 def recipe_of(command: str) -> Recipe:
@@ -96,6 +96,18 @@ def translation_flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 @pytest.fixture(scope="module")
+def classifier_flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Flags that make any command of ``classifier`` a matter of seconds."""
+    settings = tmp_path_factory.mktemp("classifier") / "tiny.yaml"
+    settings.write_text(
+        "max_steps: 2\nmodel: {input_size: 16, hidden_size: 32, num_experts: 4, vocab_size: 700}\n"
+        "data: {tokenizer: bpe}\noptim: {warmup_steps: 1}\n"
+        'eval: {max_examples: 20}\ntelemetry: {every: 1, wandb: "off"}\n'
+    )
+    return ["--config", str(settings)]
+
+
+@pytest.fixture(scope="module")
 def translation_run(translation_flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A trained run of ``translation``, for the tools."""
     run = tmp_path_factory.mktemp("run") / "translation"
@@ -113,9 +125,15 @@ def on_a_run(command: str, run: Path, tmp_path: Path) -> str:
 
 @pytest.mark.parametrize("command", FOR_CPU)
 def test_command_for_a_cpu_runs(
-    command: str, tiny_flags: list[str], translation_flags: list[str], tmp_path: Path, request: pytest.FixtureRequest
+    command: str,
+    tiny_flags: list[str],
+    translation_flags: list[str],
+    classifier_flags: list[str],
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
 ) -> None:
-    own = translation_flags if "recipes/translation.py" in command else tiny_flags
+    flags_of = {"recipes/translation.py": translation_flags, "recipes/classifier.py": classifier_flags}
+    own = next((flags for name, flags in flags_of.items() if name in command), tiny_flags)
     flags = shlex.join([*own, "--max_steps", "2", "--output_dir", str(tmp_path / "run")])
     if "--print_config" in command:
         flags = ""

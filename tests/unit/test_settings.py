@@ -13,7 +13,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moe_scale.config import SCALES, LMConfig, Scale
+from moe_scale.config import SCALES, ClassifierConfig, LMConfig, Scale
 from moe_scale.settings import Settings, leaves, read_settings, to_dict, to_yaml
 
 DEFAULTS: dict[Scale, dict[str, Any]] = {
@@ -507,3 +507,28 @@ def test_order_of_flags_does_not_matter() -> None:
 def test_settings_are_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         read().config.max_steps = 3  # type: ignore[misc]
+
+
+# --- settings that follow from others ------------------------------------------------------------------------------
+
+
+def test_what_is_derived_is_no_setting(tmp_path: Path) -> None:
+    """``classifier`` has four settings of the sparse layer in its model's section, and there alone."""
+    derived = {"moe.num_experts", "moe.top_k", "moe.router_temperature", "moe.intermediate_size"}
+    names = {leaf.path for leaf in leaves(ClassifierConfig)}
+    assert not derived & names
+    assert {"model.num_experts", "model.k", "model.temperature", "model.hidden_size", "moe.backend"} <= names
+    how: dict[str, Any] = {"machine_scale": "cpu", "recipe": "tiny"}
+    found = read_settings(ClassifierConfig, {"cpu": {}}, ["--model.num_experts", "6", "--model.k", "3"], **how)
+    assert not found.problems
+    config = found.config
+    assert (config.moe.num_experts, config.moe.top_k) == (6, 3)
+    assert not derived & {f"moe.{name}" for name in to_dict(config)["moe"]}
+    (tmp_path / "again.yaml").write_text(to_yaml(config))
+    again = read_settings(ClassifierConfig, {"cpu": {}}, ["--config", str(tmp_path / "again.yaml")], **how)
+    assert (again.config, again.problems) == (config, [])
+    moved = dataclasses.replace(config, moe=dataclasses.replace(config.moe, ep_size=3))
+    assert (moved.moe.ep_size, moved.moe.num_experts) == (3, 6)
+    (tmp_path / "wrong.yaml").write_text("moe: {top_k: 3}")
+    wrong = read_settings(ClassifierConfig, {"cpu": {}}, ["--config", str(tmp_path / "wrong.yaml")], **how)
+    assert [p.where for p in wrong.problems] == ["moe.top_k"]

@@ -18,7 +18,7 @@ class RaggedWriter:
         self._file = open(path.with_name(path.name + ".bin"), "wb")  # noqa: SIM115 (closed by close)
         self._starts = array.array("q", [0])
 
-    def append(self, row: list[int] | bytes) -> bytes:
+    def append(self, row: list[int] | np.ndarray | bytes) -> bytes:
         """Add a row; returns its bytes, as they are on disk."""
         written = row if isinstance(row, bytes) else np.asarray(row, dtype=self.dtype).tobytes()
         self._file.write(written)

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-SPLITS = ("train", "valid", "test")
+from moe_scale.data.report import SkipReport
 
-_MAX_EXAMPLES = 3
+SPLITS = ("train", "valid", "test")
 
 
 class Pair(NamedTuple):
@@ -25,13 +25,11 @@ class Pair(NamedTuple):
 
 
 @dataclass
-class PairReport:
+class PairReport(SkipReport):
     """What reading a source and splitting it came to. Nothing is left out that is not counted here.
 
     Attributes:
         read: pairs read, per direction.
-        skipped: records (or files) that gave no pair, per reason.
-        examples: per reason the first few of them, each with its file and line.
         duplicates: exact repetitions of a pair, per direction; the first one is kept.
         too_long: pairs with a side of more than ``max_len`` tokens, per split and direction.
         leaked: training pairs left out because one side is a held-out source sentence, per direction.
@@ -39,32 +37,14 @@ class PairReport:
     """
 
     read: dict[str, int] = field(default_factory=dict)
-    skipped: dict[str, int] = field(default_factory=dict)
-    examples: dict[str, list[str]] = field(default_factory=dict)
     duplicates: dict[str, int] = field(default_factory=dict)
     too_long: dict[str, dict[str, int]] = field(default_factory=dict)
     leaked: dict[str, int] = field(default_factory=dict)
     kept: dict[str, dict[str, int]] = field(default_factory=dict)
 
-    def skip(self, reason: str, where: str, detail: str = "") -> None:
-        """Count one record that gives no pair, at ``where``, for ``reason``."""
-        self.skipped[reason] = self.skipped.get(reason, 0) + 1
-        examples = self.examples.setdefault(reason, [])
-        if len(examples) < _MAX_EXAMPLES:
-            examples.append(f"{where} ({detail})" if detail else where)
-
     def count(self, direction: str) -> None:
         """Count one pair that was read."""
         self.read[direction] = self.read.get(direction, 0) + 1
-
-    def skips(self) -> str:
-        """The reasons with their counts and examples, for a human; empty without any."""
-        parts = []
-        for reason, count in self.skipped.items():
-            examples = self.examples[reason]
-            more = ", ..." if count > len(examples) else ""
-            parts.append(f"{count:,} {reason} [{'; '.join(examples)}{more}]")
-        return ", ".join(parts)
 
     def __str__(self) -> str:
         lines = [f"{sum(self.read.values()):,} pairs read ({_counts(self.read)})"]

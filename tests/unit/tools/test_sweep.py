@@ -359,6 +359,21 @@ def test_tokens_flops_and_seconds_of_a_run(tmp_path: Path) -> None:
     assert (row.state, row.parameters, row.active_parameters) == ("finished", 1_630_656, 1_624_512)
 
 
+def test_a_trial_that_stopped_early_is_finished_and_has_the_score_of_its_weights(tmp_path: Path) -> None:
+    (trial,) = make_trials(space("moe.top_k=1"))
+    write_run(tmp_path, trial.name, {10: 1.5, 20: 2.0})
+    for restored in (False, True):
+        if restored:
+            with (tmp_path / "trials" / trial.name / "metrics.jsonl").open("a") as file:
+                file.write(
+                    '{"step": 20, "tokens": 400, "eval/loss": 1.5, "eval/bleu": 3.0, "eval/restored_step": 10}\n'
+                )
+        longer = planned(trial, max_steps=50)
+        assert sweep_report.is_finished(longer, "eval/loss", tmp_path) == restored
+    row = sweep_report.read_row(a_plan([trial], ["moe.top_k"]), longer, tmp_path)
+    assert (row.state, row.score("eval/loss")) == ("finished", 1.5)
+
+
 def test_an_evaluation_between_two_logged_steps() -> None:
     records = [
         {"step": 10, "tokens": 100, "tokens_per_s": 10.0},

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_scale.data.pairs import tokenizer as tokenizer_module
+from moe_scale.data import subwords
 from moe_scale.data.pairs.prepare import PreparedPairs
 from moe_scale.data.pairs.sentences import clean
 from moe_scale.data.pairs.tokenizer import PairTokenizer, train_tokenizer
@@ -33,7 +33,7 @@ def test_round_trip(tokenizer: PairTokenizer) -> None:
         assert tokenizer.decode(ids) == clean(text)
         assert tokenizer.encode_batch([text, ""]) == [ids, []]
         assert tokenizer.unk_id not in ids
-        assert len(clean(text)) <= len(ids) * tokenizer_module.MAX_PIECE_LENGTH  # what spares huge lines
+        assert len(clean(text)) <= len(ids) * subwords.MAX_PIECE_LENGTH  # what spares huge lines
 
     check()
 
@@ -78,11 +78,11 @@ def test_training_is_deterministic_and_counts_a_sentence_once(kind, capfd: pytes
 
 
 def test_many_sentences_are_drawn_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn = tokenizer_module._draw([str(n) for n in range(10_000)], 1000)
-    assert drawn == tokenizer_module._draw([str(n) for n in range(10_000)], 1000)
+    drawn = subwords._draw([str(n) for n in range(10_000)], 1000)
+    assert drawn == subwords._draw([str(n) for n in range(10_000)], 1000)
     assert len(set(drawn)) == 1000
     assert sum(map(int, drawn)) / 1000 == pytest.approx(5000, abs=3 * 2887 / 1000**0.5)  # 3 standard errors
-    monkeypatch.setattr(tokenizer_module, "_MAX_SENTENCES", 100)
+    monkeypatch.setattr(subwords, "_MAX_SENTENCES", 100)
     assert train_tokenizer(SENTENCES, ["de"], kind="bpe", vocab_size=330).vocab_size == 330
 
 

@@ -1,0 +1,123 @@
+"""Labelled examples in a file: a table with names in its first line (.csv, .tsv), or JSON lines (.jsonl, .jsonl.gz)."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import os
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO, cast
+
+from moe_scale.config import ExampleDataConfig
+from moe_scale.data.report import SkipReport
+from moe_scale.errors import ConfigError, Problem
+
+ALLOWED = "give a .csv or .tsv file with the columns' names in its first line, or a .jsonl (or .jsonl.gz) file"
+SUFFIXES = {".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".jsonl.gz": "jsonl"}
+
+Record = dict[str, Any]
+
+
+def kind_of(path: Path) -> str | None:
+    """Which of the kinds of files it is, by its name."""
+    return next((kind for suffix, kind in SUFFIXES.items() if path.name.lower().endswith(suffix)), None)
+
+
+def wanted_fields(config: ExampleDataConfig) -> tuple[str, ...]:
+    """The columns or fields that a file has to have."""
+    return (*((config.features_field,) if config.features_field else config.text_fields), config.label_field)
+
+
+def file_problems(where: str, name: str, config: ExampleDataConfig) -> list[Problem]:
+    """What is wrong with a file, as far as its first record tells; at the setting ``where``."""
+
+    def problem(what: str, allowed: str = ALLOWED) -> list[Problem]:
+        return [Problem(where, what, allowed, this_host_only=True)]
+
+    path = Path(name).expanduser()
+    if not path.exists():
+        others = "choose sample, glue/sst2, synthetic, synthetic-random-labels, or a path: "
+        return problem(f"{name!r} does not exist", (others if where == "data.source" else "") + ALLOWED)
+    if not path.is_file() or kind_of(path) is None:
+        return problem(f"{name} is of no supported kind")
+    if not os.access(path, os.R_OK):
+        return problem(f"{name} cannot be read by this user", "")
+    if config.features_field and kind_of(path) != "jsonl":
+        return problem(f"{name} is a table, which holds no features", "give a .jsonl (or .jsonl.gz) file")
+    try:
+        first = next(read_records(path, SkipReport()), None)
+    except ConfigError as error:
+        return [Problem(where, p.what, p.allowed, True) for p in error.problems]
+    if first is None:
+        return problem(f"{name} has no record")
+    lacking = [field for field in wanted_fields(config) if field not in first[1]]
+    if lacking:
+        has = ", ".join(map(str, first[1])) or "none"
+        setting = "data.features_field" if config.features_field else "data.text_fields"
+        return [
+            Problem(
+                "data.label_field" if field == config.label_field else setting,
+                f"{name} has no {'field' if kind_of(path) == 'jsonl' else 'column'} {field!r}",
+                f"it has {has}",
+                this_host_only=True,
+            )
+            for field in lacking
+        ]
+    return []
+
+
+def read_records(path: Path, report: SkipReport) -> Iterator[tuple[str, Record]]:
+    """The records of a file, as (where it is, field to value); those that are none are counted.
+
+    Raises:
+        ConfigError: at the file, when it cannot be read as text.
+    """
+    kind = kind_of(path)
+    try:
+        with _open(path) as file:
+            yield from _json_lines(path, file, report) if kind == "jsonl" else _table(path, file, kind, report)
+    except UnicodeDecodeError as error:
+        what = f"{path.name} is not UTF-8 ({error.reason})"
+        raise ConfigError(Problem(str(path), what, "convert it with iconv", True)) from error
+    except (OSError, EOFError, zlib.error, csv.Error) as error:
+        raise ConfigError(Problem(str(path), f"{path.name} cannot be read ({error})", "", True)) from error
+
+
+def _open(path: Path) -> TextIO:
+    how: dict[str, Any] = {"encoding": "utf-8-sig", "newline": ""}  # csv wants the ends of lines as they are
+    return cast(TextIO, gzip.open(path, "rt", **how)) if path.name.lower().endswith(".gz") else path.open(**how)
+
+
+def _table(path: Path, file: TextIO, kind: str | None, report: SkipReport) -> Iterator[tuple[str, Record]]:
+    # Quotes in tables with tabs are text, as those of GLUE have them.
+    how: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if kind == "tsv" else {"strict": True}
+    rows = csv.reader(file, **how)
+    names = next(rows, [])
+    for row in rows:
+        where = f"{path.name}, line {rows.line_num}"
+        if not row:
+            report.skip("empty line", where)
+        elif len(row) != len(names):
+            report.skip("wrong number of columns", where, f"{len(row)}, not {len(names)}")
+        else:
+            yield where, dict(zip(names, row, strict=True))
+
+
+def _json_lines(path: Path, file: TextIO, report: SkipReport) -> Iterator[tuple[str, Record]]:
+    for number, line in enumerate(file, start=1):
+        where = f"{path.name}, line {number}"
+        if not line.strip():
+            report.skip("empty line", where)
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            report.skip("not JSON", where, str(error))
+            continue
+        if isinstance(record, dict):
+            yield where, record
+        else:
+            report.skip("not a JSON object", where, type(record).__name__)

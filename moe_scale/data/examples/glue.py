@@ -1,0 +1,62 @@
+"""The classification tasks of GLUE (arXiv 1804.07461) on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from typing import Any
+
+from moe_scale.errors import ConfigError, Problem
+
+PREFIX, REPOSITORY = "glue/", "nyu-mll/glue"
+
+FIELDS = {
+    "cola": ("sentence",),
+    "sst2": ("sentence",),
+    "mrpc": ("sentence1", "sentence2"),
+    "qqp": ("question1", "question2"),
+    "mnli": ("premise", "hypothesis"),
+    "qnli": ("question", "sentence"),
+    "rte": ("sentence1", "sentence2"),
+    "wnli": ("sentence1", "sentence2"),
+}
+"""Task to the fields with its texts. STS-B has scores and no classes."""
+
+HELDOUT = dict.fromkeys(FIELDS, "validation") | {"mnli": "validation_matched"}
+"""The split that is held out: the labels of the test sets are not public."""
+
+
+def glue_problems(source: str) -> list[Problem]:
+    """What cannot work about ``data.source``; asks no network."""
+    task = source.removeprefix(PREFIX)
+    if task not in FIELDS:
+        known = ", ".join(PREFIX + name for name in FIELDS)
+        return [Problem("data.source", f"GLUE has no classification task {task!r}", f"choose one of {known}")]
+    if importlib.util.find_spec("datasets") is None:
+        return [Problem("data.source", f"{source} needs the datasets library", "pip install datasets", True)]
+    return []
+
+
+def glue_records(source: str, split: str) -> Iterator[tuple[str, tuple[str, ...], Any]]:
+    """The records of a task's split, as (where it is, texts, label).
+
+    Raises:
+        ConfigError: at ``data.source``, when the hub cannot be reached and its cache has no copy.
+    """
+    import datasets
+
+    task = source.removeprefix(PREFIX)
+    try:
+        rows = datasets.load_dataset(REPOSITORY, task, split=split)
+    except Exception as error:  # the hub's client, its HTTP library and datasets each have their own
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(
+            Problem(
+                "data.source",
+                f"cannot load {REPOSITORY} {task} ({first})",
+                "check the network, or load it once where there is one and bring the cache of Hugging Face along",
+                this_host_only=True,
+            )
+        ) from error
+    for row, record in enumerate(rows, start=1):
+        yield f"{source} {split}, row {row}", tuple(record[name] for name in FIELDS[task]), record["label"]
