@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from moe_scale.config import CheckpointConfig, EarlyStoppingConfig, EvalConfig, LMConfig
+from moe_scale.config import CheckpointConfig, EarlyStoppingConfig, EvalConfig, LMConfig, LMEvalConfig
+from moe_scale.train import evaluation
 from moe_scale.train.evaluation import Patience, Way, is_better
 
 
@@ -73,9 +77,68 @@ def test_settings_that_do_not_fit_together() -> None:
     assert LMConfig(checkpoint=CheckpointConfig(save_best="eval/perplexity")).best_metric == "eval/perplexity"
     wrong = LMConfig(early_stopping=stop, checkpoint=CheckpointConfig(save_best="eval/perplexity"))
     assert [p.where for p in wrong.problems()] == ["checkpoint.save_best"]
-    from moe_scale.config import LMEvalConfig
-
     assert [p.where for p in LMConfig(early_stopping=stop, eval=LMEvalConfig(every=0)).problems()] == [
         "early_stopping.metric"
     ]
     assert EvalConfig().every
+
+
+class Recorder:
+    """Stands for what a run has beside its scores: writes down what is asked of it."""
+
+    def __init__(self, scores: dict[str, Any], step: int, stale: int):
+        config = EarlyStoppingConfig(metric="eval/x", patience=2)
+        kept = {"metric": "eval/x", "reference": 1.0, "stale": stale}
+        self.logged: list[dict[str, Any]] = []
+        self.put: list[int] = []
+        self.patience = Patience(config, "lower", kept)
+        self.state = SimpleNamespace(step=step, tokens=70, scores=scores)
+        self.saver = SimpleNamespace(wait=lambda: None, failure="")
+        self.agreement = SimpleNamespace(any=lambda *flags: list(flags))
+        self.logger = SimpleNamespace(log=self.logged.append)
+        self.job = SimpleNamespace(run_dir=Path("run"))
+        self.engine, self.new_best, self.at = None, None, lambda phase: None
+
+
+def restore(run: Recorder, monkeypatch: pytest.MonkeyPatch, best_step: int | None) -> str:
+    """What is told at the end of a run whose best checkpoint is of ``best_step``."""
+    scores = {"eval/x": 1.0, "best": {"score": "eval/x", "value": 1.0}, "stopping": {}}
+    found = None if best_step is None else (Path("best"), SimpleNamespace(step=best_step, scores=scores))
+    monkeypatch.setattr(evaluation.checkpoint, "best_intact", lambda run_dir: found)
+    monkeypatch.setattr(evaluation, "Reader", lambda path, index: None)
+    monkeypatch.setattr(evaluation.snapshot, "put", lambda engine, reader, step: run.put.append(step))
+    ((_, told),) = evaluation.restore_best(run)  # type: ignore[arg-type]
+    return told
+
+
+BEST = {"score": "eval/x", "value": 1.0}
+
+
+def test_the_best_weights_and_their_scores_are_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Recorder({"eval/x": 2.0, "best": BEST}, step=7, stale=2)
+    assert restore(run, monkeypatch, 5).endswith("; the weights are those of step 5, the best, with 1.0000")
+    assert run.put == [5]
+    assert run.logged == [{"step": 7, "tokens": 70, "eval/x": 1.0, "eval/restored_step": 5}]
+    assert run.state.scores["eval/x"] == 1.0
+
+
+def test_weights_that_are_the_best_already_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Recorder({"eval/x": 1.0, "best": BEST}, step=7, stale=0)
+    assert restore(run, monkeypatch, 7).startswith("not before step 7; the weights are those of step 7")
+    assert run.put == []
+    assert run.logged[-1]["eval/restored_step"] == 7
+
+
+@pytest.mark.parametrize(("best", "best_step"), [(None, None), (BEST, None), ({**BEST, "score": "eval/other"}, 5)])
+def test_without_a_best_checkpoint_the_last_weights_stay(
+    best: Any, best_step: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Recorder({"eval/x": math.nan} | ({"best": best} if best else {}), step=7, stale=2)
+    assert restore(run, monkeypatch, best_step).endswith(
+        "there is no best checkpoint, and the weights are the last ones"
+    )
+    assert (run.put, run.logged) == ([], [])
+
+
+def test_nothing_is_restored_unless_asked() -> None:
+    assert evaluation.restore_best(SimpleNamespace(patience=None)) == []  # type: ignore[arg-type]
