@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -85,8 +87,11 @@ class _Standard:
     def __enter__(self) -> TextIO:
         return sys.stdout
 
-    def __exit__(self, *_: object) -> None:
-        sys.stdout.flush()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and issubclass(kind, BrokenPipeError):
+            # The reader has left, as `head` does. Nothing more is wanted, and the flush at exit must not fail again.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(128 + signal.SIGPIPE) from None
 
 
 def _write(out: TextIO, text: str) -> None:

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -322,5 +323,12 @@ def test_the_command_line_runs(folder: Path) -> None:
     done = subprocess.run([*command, "de"], input="one two\n", capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n") == 1
+    # A reader that leaves early, as `head` does, is no error of ours to tell of.
+    with subprocess.Popen([*command, "de", "--batch_size", "1", *["one two"] * 30], stdout=-1, stderr=-1) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert (process.wait(timeout=120), process.stderr.read()) == (128 + signal.SIGPIPE, b"")
     done = subprocess.run([*command, "xx"], input="one two\n", capture_output=True, text=True, timeout=120)
     assert (done.returncode, "Traceback" in done.stderr) == (2, False)
