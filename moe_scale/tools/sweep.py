@@ -122,7 +122,7 @@ def _contradictions(arguments: argparse.Namespace, settings: list[str]) -> list[
     found += [
         Problem(f"--{name}", "is what a sweep gives each trial", "leave it out")
         for name in OF_A_TRIAL
-        if name in _names(settings)
+        if name in {*_names(settings), *(text.partition("=")[0] for text in [*arguments.grid, *arguments.draw])}
     ]
     if arguments.draw_seed and not arguments.draw:
         found.append(Problem("--draw_seed", "is of draws, and there are none", "leave it out, or give --draw"))
