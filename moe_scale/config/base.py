@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field
 
+from moe_scale.errors import Problem
+
 
 def _usable_path(text: str) -> str:
     """The validator of settings that may hold a path: one that no file system could hold is refused here."""
@@ -68,6 +70,28 @@ class Strict:
     """Base of every settings class: an unknown key is an error, never ignored."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
+
+
+def head_problems(
+    where: str, width: int, width_name: str, num_heads: int, head_dim: int, *, rotary: bool
+) -> list[Problem]:
+    """Whether heads divide the model's width, or have one of their own, and can be turned.
+
+    Args:
+        where: the section, as ``model``.
+        width, width_name: of the model, and the setting that it is.
+        head_dim: width of a head; 0 takes its share of the model's.
+        rotary: positions turn pairs of a head's values.
+    """
+    if not head_dim and width % num_heads:
+        what = f"{num_heads} does not divide {where}.{width_name} = {width}"
+        return [Problem(f"{where}.num_heads", what, f"choose one of {divisors(width)} or set {where}.head_dim")]
+    head_width = head_dim or width // num_heads
+    if rotary and head_width % 2:
+        what = f"heads are {head_width} wide, which is odd"
+        allowed = "rotary embedding turns pairs of values: choose an even width"
+        return [Problem(f"{where}.head_dim", what, allowed)]
+    return []
 
 
 def show(value: object) -> str:

@@ -16,7 +16,7 @@ from moe_scale.config.base import (
     PositiveFloat,
     PositiveInt,
     Strict,
-    divisors,
+    head_problems,
     setting,
 )
 from moe_scale.config.moe import MoEConfig
@@ -83,23 +83,8 @@ class ClassifierModelConfig(Strict):
         return self.head_dim or self.hidden_size // self.num_heads
 
     def problems(self, where: str) -> list[Problem]:
-        if not self.head_dim and self.hidden_size % self.num_heads:
-            return [
-                Problem(
-                    f"{where}.num_heads",
-                    f"{self.num_heads} does not divide {where}.hidden_size = {self.hidden_size}",
-                    f"choose one of {divisors(self.hidden_size)} or set {where}.head_dim",
-                )
-            ]
-        if self.positions == "rotary" and self.head_width % 2:
-            return [
-                Problem(
-                    f"{where}.head_dim",
-                    f"heads are {self.head_width} wide, which is odd",
-                    "rotary embedding turns pairs of values: choose an even width",
-                )
-            ]
-        return []
+        rotary = self.positions == "rotary"
+        return head_problems(where, self.hidden_size, "hidden_size", self.num_heads, self.head_dim, rotary=rotary)
 
 
 OWN_NAMES = {

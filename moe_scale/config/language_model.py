@@ -16,6 +16,7 @@ from moe_scale.config.base import (
     PositiveInt,
     Strict,
     divisors,
+    head_problems,
     setting,
 )
 from moe_scale.config.run import EvalConfig, RunConfig
@@ -49,23 +50,7 @@ class DecoderConfig(Strict):
         return self.head_dim or self.d_model // self.num_heads
 
     def problems(self, where: str) -> list[Problem]:
-        found = []
-        if not self.head_dim and self.d_model % self.num_heads:
-            found.append(
-                Problem(
-                    f"{where}.num_heads",
-                    f"{self.num_heads} does not divide {where}.d_model = {self.d_model}",
-                    f"choose one of {divisors(self.d_model)} or set {where}.head_dim",
-                )
-            )
-        elif self.head_width % 2:
-            found.append(
-                Problem(
-                    f"{where}.head_dim",
-                    f"heads are {self.head_width} wide, which is odd",
-                    "rotary embedding turns pairs of values: choose an even width",
-                )
-            )
+        found = head_problems(where, self.d_model, "d_model", self.num_heads, self.head_dim, rotary=True)
         if self.num_heads % self.num_kv_heads:
             found.append(
                 Problem(

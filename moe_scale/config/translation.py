@@ -17,7 +17,7 @@ from moe_scale.config.base import (
     PositiveFloat,
     PositiveInt,
     Strict,
-    divisors,
+    head_problems,
     setting,
 )
 from moe_scale.config.run import EvalConfig, RunConfig
@@ -61,23 +61,8 @@ class Seq2SeqConfig(Strict):
         return self.head_dim or self.d_model // self.num_heads
 
     def problems(self, where: str) -> list[Problem]:
-        if not self.head_dim and self.d_model % self.num_heads:
-            return [
-                Problem(
-                    f"{where}.num_heads",
-                    f"{self.num_heads} does not divide {where}.d_model = {self.d_model}",
-                    f"choose one of {divisors(self.d_model)} or set {where}.head_dim",
-                )
-            ]
-        if self.positions == "rotary" and self.head_width % 2:
-            return [
-                Problem(
-                    f"{where}.head_dim",
-                    f"heads are {self.head_width} wide, which is odd",
-                    "rotary embedding turns pairs of values: choose an even width",
-                )
-            ]
-        return []
+        rotary = self.positions == "rotary"
+        return head_problems(where, self.d_model, "d_model", self.num_heads, self.head_dim, rotary=rotary)
 
 
 _LANGUAGE = re.compile(r"[a-z]{2,3}")
@@ -96,7 +81,7 @@ class PairDataConfig(Strict):
     pairs: tuple[str, ...] = setting(
         (),
         "directions, as en-de de-en; none given means all that a file or folder holds, and for the sample English "
-        "into its 15 other languages",
+        "into its 15 other languages; opus_books has to be told",
     )
     tokenizer: Literal["unigram", "bpe"] = setting(
         "unigram", "SentencePiece model, trained on the training sentences and kept in the run's folder"

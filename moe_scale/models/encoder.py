@@ -14,7 +14,6 @@ from torch.utils.checkpoint import checkpoint
 from moe_scale.config import MoEConfig
 from moe_scale.initialization import Init
 from moe_scale.models.attention import Rope, rope_tables
-from moe_scale.models.layers import dense_width, is_sparse
 from moe_scale.models.transformer import (
     FeedForward,
     LearnedPositions,
@@ -95,10 +94,7 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList()
         for number in range(config.num_layers):
             path = init / "layers" / number
-            sparse = moe if is_sparse(moe, number) else None
-            feed_forward = FeedForward(
-                config, sparse, dense_width(moe), moe.activation, groups, path / "feed_forward", scale
-            )
+            feed_forward = FeedForward(config, moe, number, groups, path / "feed_forward", scale)
             self.layers.append(EncoderLayer(config, feed_forward, path, scale))
         # The stream of pre-norm layers comes out unnormed.
         self.norm = build_norm(config) if config.norm_order == "pre" else nn.Identity()

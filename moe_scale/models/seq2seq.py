@@ -16,7 +16,7 @@ from moe_scale.config import MoEConfig, Seq2SeqConfig
 from moe_scale.initialization import Init
 from moe_scale.models.attention import Rope
 from moe_scale.models.encoder import EncoderLayer, key_mask, with_positions
-from moe_scale.models.layers import TiedHead, TokenEmbedding, dense_width, is_sparse
+from moe_scale.models.layers import TiedHead, TokenEmbedding
 from moe_scale.models.transformer import (
     FeedForward,
     KeysValues,
@@ -127,23 +127,22 @@ class Seq2Seq(nn.Module):
         self.encoder = nn.ModuleList()
         for number in range(config.num_encoder_layers):
             path = init / "encoder" / number
-            feed_forward = self._feed_forward("encoder", number, groups, path / "feed_forward", encoder_scale)
+            feed_forward = FeedForward(
+                config, part_moe(config, moe, "encoder"), number, groups, path / "feed_forward", encoder_scale
+            )
             self.encoder.append(EncoderLayer(config, feed_forward, path, encoder_scale))
         self.decoder = nn.ModuleList()
         for number in range(config.num_decoder_layers):
             path = init / "decoder" / number
-            feed_forward = self._feed_forward("decoder", number, groups, path / "feed_forward", decoder_scale)
+            feed_forward = FeedForward(
+                config, part_moe(config, moe, "decoder"), number, groups, path / "feed_forward", decoder_scale
+            )
             self.decoder.append(DecoderLayer(config, feed_forward, path, decoder_scale))
         # The stream of pre-norm layers comes out unnormed.
         pre_norm = config.norm_order == "pre"
         self.encoder_norm = build_norm(config) if pre_norm else nn.Identity()
         self.decoder_norm = build_norm(config) if pre_norm else nn.Identity()
         self.head = TiedHead(self.embedding, config.loss_chunk_tokens, config.label_smoothing)
-
-    def _feed_forward(self, part: str, layer: int, groups: ParallelGroups, init: Init, scale: float) -> FeedForward:
-        moe, width = part_moe(self.config, self.moe_config, part)
-        sparse = moe if is_sparse(moe, layer) else None
-        return FeedForward(self.config, sparse, width, moe.activation, groups, init, scale)
 
     def forward(
         self,
@@ -235,11 +234,11 @@ class Seq2Seq(nn.Module):
         return Seq2SeqOutput(loss, lm_loss, num_targets, moe)
 
 
-def part_moe(config: Seq2SeqConfig, moe: MoEConfig, part: str) -> tuple[MoEConfig, int]:
-    """The experts' settings as they hold in the ``encoder`` or ``decoder``, and its dense feed-forwards' width."""
+def part_moe(config: Seq2SeqConfig, moe: MoEConfig, part: str) -> MoEConfig:
+    """The experts' settings as they hold in the ``encoder`` or ``decoder``."""
     if config.experts_in not in ("both", part):
-        moe = replace(moe, enabled=False, dense_size="active")
-    return moe, dense_width(moe)
+        return replace(moe, enabled=False, dense_size="active")
+    return moe
 
 
 def _causal_mask(new: int, total: int, device: torch.device) -> Tensor:

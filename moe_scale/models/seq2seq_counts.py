@@ -23,7 +23,7 @@ def num_active_params(model: Seq2SeqConfig, moe: MoEConfig) -> int:
 
 def part_params(model: Seq2SeqConfig, moe: MoEConfig, part: Part, *, active: bool = False) -> PartCounts:
     """Parameters of one half."""
-    moe, _ = part_moe(model, moe, part)
+    moe = part_moe(model, moe, part)
     layers = model.num_encoder_layers if part == "encoder" else model.num_decoder_layers
     return stack_params(model, moe, layers=layers, attentions=1 if part == "encoder" else 2, active=active)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from moe_scale.config import MoEConfig
 from moe_scale.initialization import Init
 from moe_scale.models.attention import Rope, rotate
-from moe_scale.models.layers import Linear
+from moe_scale.models.layers import Linear, dense_width, is_sparse
 from moe_scale.moe.backends import build_moe
 from moe_scale.moe.experts import SharedExpert
 from moe_scale.moe.layer import MoEStats
@@ -144,28 +144,29 @@ class Sublayer(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """The position-wise half of a layer with its residual: experts where ``moe`` is given, else dense.
+    """The position-wise half of a layer with its residual: experts where the layer is sparse, else dense.
 
     Args:
-        hidden: width of the dense one, which has the activation of the experts.
+        moe: of the experts; the dense one has their activation, and the width of :func:`dense_width`.
+        layer: its number.
     """
 
     def __init__(
         self,
         config: TransformerConfig,
-        moe: MoEConfig | None,
-        hidden: int,
-        activation: str,
+        moe: MoEConfig,
+        layer: int,
         groups: ParallelGroups,
         init: Init,
         depth_scale: float,
     ):
         super().__init__()
         self.residual = Sublayer(config)
-        self.moe = None if moe is None else build_moe(moe, config.d_model, groups, init / "moe", depth_scale)
-        self.ffn = None
-        if moe is None:
-            self.ffn = SharedExpert(config.d_model, hidden, activation, init / "ffn", depth_scale)
+        self.moe = self.ffn = None
+        if is_sparse(moe, layer):
+            self.moe = build_moe(moe, config.d_model, groups, init / "moe", depth_scale)
+        else:
+            self.ffn = SharedExpert(config.d_model, dense_width(moe), moe.activation, init / "ffn", depth_scale)
 
     def forward(self, x_BSD: Tensor, valid_BS: Tensor | None, ids_BS: Tensor) -> tuple[Tensor, MoEStats | None]:
         """Apply it. Returns the layer's stream and, of experts, their statistics."""

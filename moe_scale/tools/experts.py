@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from moe_scale.config import TranslationConfig
 from moe_scale.data.pairs.batches import PairBatch, eval_pair_batches
-from moe_scale.data.pairs.prepare import PairSplit, PreparedPairs, prepare_pairs
+from moe_scale.data.pairs.prepare import TOKENIZER, PairSplit, PreparedPairs, prepare_pairs
 from moe_scale.data.pairs.tokenizer import PairTokenizer
 from moe_scale.errors import ConfigError, Problem
 from moe_scale.evaluate.expert_usage import LayerUsage, watched_choices
@@ -24,7 +24,6 @@ from moe_scale.telemetry.provenance import commit_of
 from moe_scale.tools.arguments import not_negative, positive
 from moe_scale.tools.expert_plots import plot_groups, plot_load
 from moe_scale.tools.stored_run import StoredRun, open_run
-from moe_scale.train.translation import TOKENIZER_FILE
 
 CLASSES = ("frequent", "rare", "punctuation", "digits", "tags and ends")
 CHOICES = ("language", "direction", "token class")
@@ -81,8 +80,8 @@ def run(arguments: argparse.Namespace) -> dict[str, LayerUsage]:
 
 def _require_own_tokenizer(pairs: PreparedPairs, stored: StoredRun[TranslationConfig]) -> None:
     """Raises ConfigError where the data is not that of the run any more: its tokens would mean something else."""
-    if pairs.tokenizer.fingerprint != PairTokenizer.load(stored.folder / TOKENIZER_FILE).fingerprint:
-        what = f"{stored.config.data.source} gives another vocabulary than {stored.folder / TOKENIZER_FILE}"
+    if pairs.tokenizer.fingerprint != PairTokenizer.load(stored.folder / TOKENIZER).fingerprint:
+        what = f"{stored.config.data.source} gives another vocabulary than {stored.folder / TOKENIZER}"
         raise ConfigError(Problem("data.source", what, "bring back the data that the run was trained on", True))
 
 

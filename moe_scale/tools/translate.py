@@ -15,12 +15,12 @@ import torch
 
 from moe_scale.config import TranslationConfig
 from moe_scale.data.pairs.batches import PairItem, make_batch
+from moe_scale.data.pairs.prepare import TOKENIZER
 from moe_scale.data.pairs.tokenizer import PairTokenizer
 from moe_scale.errors import ConfigError, Problem, raise_if
 from moe_scale.evaluate.translation import Search, translate
 from moe_scale.tools.arguments import not_negative_number, positive
 from moe_scale.tools.stored_run import StoredRun, open_run
-from moe_scale.train.translation import TOKENIZER_FILE
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
         what = "exists" if output.exists() else "is in a folder that does not exist"
         raise ConfigError(Problem("--output", f"{output} {what}", "name a new file"))
     stored = open_run(arguments.run, "seq2seq", "translation", TranslationConfig)
-    tokenizer = PairTokenizer.load(stored.folder / TOKENIZER_FILE)
+    tokenizer = PairTokenizer.load(stored.folder / TOKENIZER)
     tag = tokenizer.tag_id(arguments.to)
     texts = _read(arguments)
     lines = _tokenized(texts, tokenizer, stored.config)

@@ -12,7 +12,7 @@ import numpy as np
 from moe_scale.config import TranslationConfig
 from moe_scale.data.pairs.batches import PairBatch, PairLoader, eval_pair_batches, pair_loader, token_budget
 from moe_scale.data.pairs.order import SOURCE_EXTRA, TARGET_EXTRA
-from moe_scale.data.pairs.prepare import PairSplit, prepare_pairs
+from moe_scale.data.pairs.prepare import TOKENIZER, PairSplit, prepare_pairs
 from moe_scale.data.pairs.sources import check_pair_source
 from moe_scale.errors import Problem
 from moe_scale.evaluate.text_metrics import MAX_COMPARED, TextScores, nearest_translations, signatures
@@ -28,9 +28,6 @@ from moe_scale.models.seq2seq_counts import num_active_params, num_params, train
 from moe_scale.parallel import device
 from moe_scale.parallel.groups import ParallelGroups
 from moe_scale.train.task import Task
-
-TOKENIZER_FILE = "tokenizer.model"
-"""The SentencePiece model in a run's folder."""
 
 
 class TranslationTask(Task):
@@ -100,7 +97,7 @@ class TranslationTask(Task):
         return self.loader.take_tokens()
 
     def keep_beside(self, run_dir: Path) -> None:
-        self.tokenizer.save(run_dir / TOKENIZER_FILE)
+        self.tokenizer.save(run_dir / TOKENIZER)
 
     def forward(self, engine: Any, batch: PairBatch) -> Seq2SeqOutput:
         where = device.current()

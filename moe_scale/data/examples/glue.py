@@ -6,7 +6,8 @@ import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
-from moe_scale.errors import ConfigError, Problem
+from moe_scale.data.hub import load_rows
+from moe_scale.errors import Problem
 
 PREFIX, REPOSITORY = "glue/", "nyu-mll/glue"
 
@@ -43,20 +44,6 @@ def glue_records(source: str, split: str) -> Iterator[tuple[str, tuple[str, ...]
     Raises:
         ConfigError: at ``data.source``, when the hub cannot be reached and its cache has no copy.
     """
-    import datasets
-
     task = source.removeprefix(PREFIX)
-    try:
-        rows = datasets.load_dataset(REPOSITORY, task, split=split)
-    except Exception as error:  # the hub's client, its HTTP library and datasets each have their own
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConfigError(
-            Problem(
-                "data.source",
-                f"cannot load {REPOSITORY} {task} ({first})",
-                "check the network, or load it once where there is one and bring the cache of Hugging Face along",
-                this_host_only=True,
-            )
-        ) from error
-    for row, record in enumerate(rows, start=1):
+    for row, record in enumerate(load_rows(REPOSITORY, task, split), start=1):
         yield f"{source} {split}, row {row}", tuple(record[name] for name in FIELDS[task]), record["label"]

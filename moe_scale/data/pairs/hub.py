@@ -6,7 +6,8 @@ import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
-from moe_scale.errors import ConfigError, Problem
+from moe_scale.data.hub import load_rows
+from moe_scale.errors import Problem
 
 OPUS_BOOKS = "opus_books"
 OPUS_BOOKS_NAME = "Helsinki-NLP/opus_books"
@@ -77,19 +78,5 @@ def opus_books_records(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     Raises:
         ConfigError: at ``data.source``, when the hub cannot be reached and its cache has no copy.
     """
-    import datasets
-
-    try:
-        rows = datasets.load_dataset(OPUS_BOOKS_NAME, name, split="train")
-    except Exception as error:  # the hub's client, its HTTP library and datasets each have their own
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConfigError(
-            Problem(
-                "data.source",
-                f"cannot load {OPUS_BOOKS_NAME} {name} ({first})",
-                "check the network, or load it once where there is one and bring the cache of Hugging Face along",
-                this_host_only=True,
-            )
-        ) from error
-    for row, record in enumerate(rows, start=1):
+    for row, record in enumerate(load_rows(OPUS_BOOKS_NAME, name, "train"), start=1):
         yield f"{OPUS_BOOKS} {name}, row {row}", record["translation"]

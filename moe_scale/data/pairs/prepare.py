@@ -35,6 +35,7 @@ FORMAT = 1
 """Version of the files; a change of it prepares everything anew."""
 
 TOKENIZER = "tokenizer.model"
+"""The vocabulary, in the folder of prepared pairs and in that of a run."""
 
 Progress = Callable[[str], None]
 """Is told, about once a second, how far the preparation is, as a line for a human."""
