@@ -10,6 +10,7 @@ from pydantic import Field
 from moe_scale.config.base import (
     Count,
     Fraction,
+    NonEmptyText,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -119,6 +120,11 @@ class SwitchMoEConfig(MoEConfig):
 class SwitchTextDataConfig(TextDataConfig):
     """Text for a Switch Transformer."""
 
+    tokenizer: NonEmptyText = setting(
+        "bytes",
+        "bytes (257 entries: a token a byte, arXiv 2105.13626), gpt2 (exact byte-level BPE, 50,257 entries), a folder "
+        "with a tokenizer, or a name on the Hugging Face hub",
+    )
     seq_len: PositiveInt = setting(
         256, "tokens of text in a sequence; with span_corruption the model reads this text cut, and writes what was cut"
     )

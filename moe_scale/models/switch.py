@@ -6,7 +6,6 @@ layers.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +15,10 @@ from torch.utils.checkpoint import checkpoint
 from moe_scale.config import MoEConfig, SwitchModelConfig
 from moe_scale.initialization import Init
 from moe_scale.models.attention import attention_mask
+from moe_scale.models.cache import KeysValues, Past, positions_of
 from moe_scale.models.decoder import LMOutput
 from moe_scale.models.layers import TiedHead, TokenEmbedding, dense_width, is_sparse
-from moe_scale.models.transformer import KeysValues, LearnedPositions, sinusoids
+from moe_scale.models.transformer import LearnedPositions, sinusoids
 from moe_scale.moe.backends import build_moe
 from moe_scale.moe.layer import MoEStats
 from moe_scale.parallel.groups import ParallelGroups
@@ -118,7 +118,8 @@ class SwitchLayer(nn.TransformerEncoderLayer):
 
 
 class SwitchLM(nn.Module):
-    """A language model of :class:`SwitchLayer`, with the embedding as its head.
+    """A language model of :class:`SwitchLayer`, with the embedding as its head; a
+    :class:`moe_scale.models.cache.CausalModel`, which sees a prompt whole where it was trained to.
 
     Args:
         config: the Transformer's settings.
@@ -144,6 +145,11 @@ class SwitchLM(nn.Module):
         pre_norm = config.norm_order == "pre"
         self.norm = nn.LayerNorm(config.d_model, config.norm_eps, bias=config.bias) if pre_norm else nn.Identity()
         self.head = TiedHead(self.embedding, config.loss_chunk_tokens)
+
+    @property
+    def max_positions(self) -> int | None:
+        """Tokens that a sequence may have, at most; None where positions know no end."""
+        return self.config.max_positions if self.positions is not None else None
 
     def forward(
         self,
@@ -171,7 +177,8 @@ class SwitchLM(nn.Module):
             :class:`LMOutput`, or logits [B, S or 1, V] without targets.
         """
         valid_BS = document_ids_BS >= 0 if document_ids_BS is not None and padded else None
-        x_BSD, stats, _ = self._run(ids_BS, valid_BS, None, _mask(ids_BS, document_ids_BS, prefix))
+        positions_S = torch.arange(ids_BS.shape[1], device=ids_BS.device)
+        x_BSD, stats, _ = self._run(ids_BS, positions_S, valid_BS, _mask(positions_S, document_ids_BS, prefix), None)
         if targets_BS is None:
             return self.head(x_BSD[:, -1:] if last_only else x_BSD)
         first = max(prefix - 1, 0)
@@ -185,13 +192,39 @@ class SwitchLM(nn.Module):
             loss = loss + weights.aux_loss_weight * moe.aux_loss.sum() + weights.z_loss_weight * moe.z_loss.sum()
         return LMOutput(loss, lm_loss, num_targets, moe, None)
 
+    @torch.no_grad()
+    def start(self, ids_BS: Tensor, valid_BS: Tensor | None = None) -> tuple[Tensor, Past]:
+        """Begin with prompts, padded on the left; see :meth:`moe_scale.models.cache.CausalModel.start`."""
+        padded = valid_BS is not None and not bool(valid_BS.all())
+        if valid_BS is None:
+            valid_BS = torch.ones_like(ids_BS, dtype=torch.bool)
+        mask = attention_mask(valid_BS.long() - 1) if self.config.is_causal else valid_BS[:, None, None, :]
+        x_BSD, _, layers = self._run(ids_BS, positions_of(valid_BS), valid_BS if padded else None, mask, None)
+        return self.head(x_BSD[:, -1]), Past(layers, valid_BS)
+
+    @torch.no_grad()
+    def step(self, ids_B: Tensor, state: Past) -> tuple[Tensor, Past]:
+        """Append a token to every row; see :meth:`moe_scale.models.cache.CausalModel.step`."""
+        valid_BS = F.pad(state.valid_BS, (0, 1), value=True)
+        positions_B1, mask = state.lengths().unsqueeze(1), valid_BS[:, None, None, :]
+        x_B1D, _, layers = self._run(ids_B.unsqueeze(1), positions_B1, None, mask, state.layers)
+        return self.head(x_B1D[:, 0]), Past(layers, valid_BS)
+
     def _run(
-        self, ids_BT: Tensor, valid_BT: Tensor | None, past: tuple[KeysValues, ...] | None, mask: Tensor | None
+        self,
+        ids_BT: Tensor,
+        positions: Tensor,
+        valid_BT: Tensor | None,
+        mask: Tensor | None,
+        past: tuple[KeysValues, ...] | None,
     ) -> tuple[Tensor, list[MoEStats], tuple[KeysValues, ...]]:
-        """The last layer's output, normed; the sparse layers' statistics; keys and values of all positions so far."""
-        start = 0 if past is None else past[0].keys.shape[2]
+        """The layers over T tokens, whose positions are [T] or [B, T].
+
+        Returns:
+            the last layer's output, normed; the sparse layers' statistics; keys and values of all tokens so far.
+        """
         x_BTD = self.embedding(ids_BT) * self.config.d_model**0.5  # the embedding is drawn small enough for a head
-        x_BTD = self.dropout(x_BTD + self._positions(start, ids_BT.shape[1], ids_BT.device).to(x_BTD.dtype))
+        x_BTD = self.dropout(x_BTD + self._vectors(positions).to(x_BTD.dtype))
         stats, so_far = [], []
         recompute = self.config.activation_checkpointing and torch.is_grad_enabled()
         for number, layer in enumerate(self.layers):
@@ -201,20 +234,18 @@ class SwitchLM(nn.Module):
             so_far.append(kept)
         return self.norm(x_BTD), stats, tuple(so_far)
 
-    def _positions(self, start: int, length: int, device: torch.device) -> Tensor:
-        places_T = torch.arange(start, start + length, device=device)
-        if self.positions is None:
-            return sinusoids(places_T, self.config.d_model)
-        return self.positions(places_T) * self.config.d_model**0.5
+    def _vectors(self, positions: Tensor) -> Tensor:
+        """What positions add to the stream, [..., D]."""
+        if self.positions is not None:
+            return self.positions(positions) * self.config.d_model**0.5
+        return sinusoids(positions.flatten(), self.config.d_model).unflatten(0, positions.shape)
 
 
-def _mask(ids_BS: Tensor, document_ids_BS: Tensor | None, prefix: int) -> Tensor | None:
-    """Which keys each query may see, bool [B or 1, 1, S, S]; None where that is every earlier one."""
-    if document_ids_BS is not None and not prefix:
-        return attention_mask(document_ids_BS)
-    if not prefix:
-        return None
-    length = ids_BS.shape[1]
-    mask = torch.ones(length, length, dtype=torch.bool, device=ids_BS.device).tril()
-    mask[:, :prefix] = True
-    return mask[None, None]
+def _mask(positions_S: Tensor, document_ids_BS: Tensor | None, prefix: int) -> Tensor | None:
+    """Which keys each query of a training sequence may see, bool [B or 1, 1, S, S]; None for every earlier one.
+
+    A prefix is seen by all, whatever documents it is cut from.
+    """
+    if prefix:
+        return ((positions_S < prefix) | (positions_S <= positions_S.unsqueeze(1)))[None, None]
+    return None if document_ids_BS is None else attention_mask(document_ids_BS)

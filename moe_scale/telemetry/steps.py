@@ -36,9 +36,10 @@ class StepMeter:
     def record(self) -> dict[str, Any]:
         """The step's figures over all ranks, which must call it together. Lists have one entry a sparse layer.
 
-        ``aux_loss`` and ``z_loss`` are unweighted means over layers. ``router/entropy`` is a share of log E, ``router/logit_rms`` the scores' root mean square;
-        ``router/load_cv`` is the standard deviation of the experts' load over its mean, ``router/load_max`` the
-        largest load over the mean; ``router/dropped`` the share of (token, choice) pairs that found no place.
+        ``aux_loss`` and ``z_loss`` are unweighted means over layers. ``router/entropy`` is a share of log E;
+        ``router/logit_rms`` the root mean square of the router's scores; ``router/load_cv`` the standard deviation of
+        the experts' load over its mean, ``router/load_max`` the largest load over the mean; ``router/dropped`` the
+        share of (token, choice) pairs that found no place.
         """
         losses = mean_over_ranks(torch.stack(self._losses).mean(dim=0))
         record: dict[str, Any] = dict(zip(("loss", "lm_loss", "aux_loss", "z_loss"), losses.tolist(), strict=True))
