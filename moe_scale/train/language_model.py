@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
-
-import torch
 
 from moe_scale.config import LMConfig
 from moe_scale.data.sources import check_source
 from moe_scale.data.text import Batch, StreamedText, TrainLoader, eval_batches, open_text, train_loader
 from moe_scale.data.tokenizer import load_tokenizer
 from moe_scale.errors import ConfigError, Problem
-from moe_scale.evaluate.generate import sample
 from moe_scale.evaluate.language_model import score
+from moe_scale.generate.full_passes import sample_text
 from moe_scale.models.counts import num_active_params, num_params, training_flops_per_token
 from moe_scale.models.decoder import DecoderLM, LMOutput
 from moe_scale.models.layers import is_sparse
@@ -145,15 +144,14 @@ class LanguageModelTask(Task):
             return ""
         prompt = [self.tokenizer.eot_id, *self.tokenizer.encode(config.eval.prompt)]
         engine.eval()
-        with torch.no_grad():
-            ids = sample(
-                engine,
-                prompt,
-                num_tokens=config.eval.sample_tokens,
-                vocab_size=self.tokenizer.vocab_size,
-                context=config.data.seq_len,
-                seed=config.seed,
-                device=device.current(),
-            )
+        text = sample_text(
+            partial(engine, last_only=True),
+            self.tokenizer,
+            prompt,
+            num_tokens=config.eval.sample_tokens,
+            window=config.data.seq_len,
+            seed=config.seed,
+            device=device.current(),
+        )
         engine.train()
-        return config.eval.prompt + self.tokenizer.decode(ids)
+        return config.eval.prompt + text
