@@ -54,8 +54,10 @@ class CausalModel(Protocol[S]):
     ``join``) changes them. So sparse layers are dropless, and routers choose by token.
     """
 
-    max_positions: int | None
-    """Tokens that a sequence may have, at most; None where positions know no end."""
+    @property
+    def max_positions(self) -> int | None:
+        """Tokens that a sequence may have, at most; None where positions know no end."""
+        ...
 
     def start(self, ids_BS: Tensor, valid_BS: Tensor | None = None) -> tuple[Tensor, S]:
         """Begin with the prompts.

@@ -27,7 +27,7 @@ LAYERS = (
     ("moe",),
     ("models",),
     ("data", "telemetry", "checkpoint"),
-    ("evaluate",),
+    ("evaluate", "generate"),
     ("train",),
     ("planner",),
     ("tools",),
