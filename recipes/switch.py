@@ -1,7 +1,7 @@
 """switch: a Switch Transformer, whose every other layer sends each token to one expert.
 
 python recipes/switch.py
-python recipes/switch.py --model.objective span_corruption --eval.prompt "ROMEO.\nO, she doth <extra_id_0> to burn bright"
+python recipes/switch.py --model.objective span_corruption --eval.prompt "O, she doth <extra_id_0> to burn bright"
 deepspeed --num_accelerators 2 recipes/switch.py --moe.ep_size 2 --moe.backend deepspeed
 python recipes/switch.py --help
 """

@@ -1,4 +1,4 @@
-"""Sentinels: entries after a tokenizer's own that stand for spans of text, written ``<extra_id_0>`` as T5 writes them."""
+"""Sentinels: entries after a tokenizer's own that stand for spans of text, written ``<extra_id_0>`` as in T5."""
 
 from __future__ import annotations
 

@@ -94,8 +94,8 @@ def load_tokenizer(name: str) -> TextTokenizer:
     """The tokenizer that ``data.tokenizer`` names; the same object for the same name.
 
     Args:
-        name: ``bytes`` (a token a byte), ``gpt2`` (read from the installed package, no network), a folder with ``tokenizer.json`` or
-            ``vocab.json`` and ``merges.txt``, or a name on the Hugging Face hub.
+        name: ``bytes`` (a token a byte), ``gpt2`` (read from the installed package, no network), a folder with
+            ``tokenizer.json`` or ``vocab.json`` and ``merges.txt``, or a name on the Hugging Face hub.
 
     Raises:
         ConfigError: at ``data.tokenizer``, when there is no such tokenizer or it has no end-of-text token.

@@ -6,6 +6,7 @@ layers.
 
 from __future__ import annotations
 
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,12 +39,11 @@ class SelfAttention(nn.MultiheadAttention):
     """torch's multi-head self-attention with seeded weights, which can go on from keys and values that were kept."""
 
     def __init__(self, config: SwitchModelConfig, init: Init):
-        super().__init__(
-            config.d_model, config.num_heads, dropout=config.dropout, bias=config.bias, batch_first=True
-        )
+        super().__init__(config.d_model, config.num_heads, dropout=config.dropout, bias=config.bias, batch_first=True)
         (init / "in_proj").normal_(self.in_proj_weight, config.d_model**-0.5)
         # Of a class of its own, because under zero.Init torch's is sharded by now.
-        self.out_proj = SeededLinear(config.d_model, config.d_model, config.bias, init / "out_proj")
+        out_proj: Any = SeededLinear(config.d_model, config.d_model, config.bias, init / "out_proj")
+        self.out_proj = out_proj
 
     def forward(  # type: ignore[override]  # torch's takes queries, keys and values apart
         self, x_BTD: Tensor, past: KeysValues | None, mask: Tensor | None
@@ -108,9 +108,7 @@ class SwitchLayer(nn.TransformerEncoderLayer):
         x_BTD = x_BTD + y_BTD
         return x_BTD if self.norm_first else self.norm2(x_BTD), stats, so_far
 
-    def _feed_forward(
-        self, x_BTD: Tensor, ids_BT: Tensor, valid_BT: Tensor | None
-    ) -> tuple[Tensor, MoEStats | None]:
+    def _feed_forward(self, x_BTD: Tensor, ids_BT: Tensor, valid_BT: Tensor | None) -> tuple[Tensor, MoEStats | None]:
         if self.moe is None:
             return self._ff_block(x_BTD), None
         y_BTD, stats = self.moe(x_BTD, valid_BT, ids_BT)

@@ -58,9 +58,7 @@ class SwitchTask(TextTask):
         one_document = bool((batch.document_ids_BS == 0).all())
         documents = None if one_document else batch.document_ids_BS.to(where)
         padded = bool((batch.document_ids_BS < 0).any())
-        return engine(
-            batch.ids_BS.to(where), batch.targets_BS.to(where), documents, padded=padded, prefix=self.prefix
-        )
+        return engine(batch.ids_BS.to(where), batch.targets_BS.to(where), documents, padded=padded, prefix=self.prefix)
 
     def heldout(self) -> Iterator[Batch]:
         texts = super().heldout()
