@@ -49,7 +49,9 @@ class SpanCorruption:
     def corrupt(self, text_L: np.ndarray, number: int) -> Corrupted:
         """Cut spans out of the text with this number; the same number gives the same spans."""
         random = np.random.RandomState([self.seed & 0xFFFFFFFF, self.seed >> 32, number & 0xFFFFFFFF, number >> 32])
-        kept = _segments(self.text_tokens - self.noise, self.spans, random)
+        # Something stays between two spans; before the first and after the last there may be nothing.
+        before, *between = _segments(self.text_tokens - self.noise + 2, self.spans + 1, random)
+        kept = [before - 1, *between[:-1]]
         cut = _segments(self.noise, self.spans, random)
         sentinels = self.first_sentinel + np.arange(self.spans + 1, dtype=np.int64)
         inputs, targets, at = [], [], 0
@@ -57,6 +59,7 @@ class SpanCorruption:
             inputs += [text_L[at : at + before], sentinels[span : span + 1]]
             targets += [sentinels[span : span + 1], text_L[at + before : at + before + length]]
             at += before + length
+        inputs.append(text_L[at:])
         return Corrupted(np.concatenate(inputs), np.concatenate([*targets, sentinels[-1:]]))
 
     def batch(self, batch: Batch, numbers: Sequence[int]) -> Batch:

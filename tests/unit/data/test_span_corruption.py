@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -68,12 +69,9 @@ def test_every_place_is_cut_as_often() -> None:
     for number in range(3000):
         target = corruption.corrupt(text_L, number).target
         times[target[target < FIRST]] += 1
-    # The first token is never cut and the last always, as a text begins with what is kept and ends with a span.
-    assert times[0] == 0
-    assert times[-1] == 3000
-    inner = times[2:-3] / 3000
-    assert inner.min() > 0.15
-    assert inner.max() < 0.45
+    assert times.sum() == 3000 * 6
+    assert times.min() / 3000 > 0.15
+    assert times.max() / 3000 < 0.4
 
 
 def test_a_model_may_write_what_it_likes() -> None:
@@ -109,8 +107,9 @@ def test_a_text_with_padding_is_left_out() -> None:
 
 @pytest.fixture
 def config(tmp_path: Path) -> SwitchConfig:
-    (tmp_path / "text.txt").write_text("\n\n".join(f"line {n} of a text that is not long" for n in range(40)))
-    return settings(24, source=str(tmp_path / "text.txt"), cache_dir=str(tmp_path / "cache"), holdout_fraction=0.5)
+    lines = [json.dumps({"text": f"line {n} of a text that is not long"}) + "\n" for n in range(40)]
+    (tmp_path / "text.jsonl").write_text("".join(lines))
+    return settings(24, source=str(tmp_path / "text.jsonl"), cache_dir=str(tmp_path / "cache"), holdout_fraction=0.5)
 
 
 def loader(config: SwitchConfig, rank: int = 0, world_size: int = 1, micro_batch: int = 4) -> CorruptedLoader:
