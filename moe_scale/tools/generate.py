@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from moe_scale.errors import ConfigError, Problem, raise_if
 from moe_scale.generate.batch import Event, Request, generate
 from moe_scale.generate.sampling import Sampling
+from moe_scale.generate.text_model import TextModel
 from moe_scale.tools.arguments import not_negative, not_negative_number, positive, positive_number, probability
 from moe_scale.tools.text_files import is_unicode, new_file, opened, read_lines, write
-from moe_scale.tools.text_model import TextModel, add_model_arguments, open_text_model
+from moe_scale.tools.text_model import add_model_arguments, open_text_model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

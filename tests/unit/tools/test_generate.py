@@ -7,7 +7,7 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,15 @@ def small_run(folder: Path, name: str, change: Callable[[LMConfig], LMConfig] = 
     config = small_config(folder)
     config = replace(config, model=replace(config.model, vocab_size=50304), data=replace(config.data, seq_len=32))
     write_checkpoint(folder / name, change(config))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """On tiny tensors more threads cost several times what they compute, most so on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
