@@ -25,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         launch,
         plan,
         reshard,
+        serve,
         sweep,
         translate,
     )
@@ -40,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "launch": launch,
         "plan": plan,
         "reshard": reshard,
+        "serve": serve,
         "sweep": sweep,
         "translate": translate,
     }
