@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Callable
 from functools import partial
 
 from moe_scale.errors import exit_on_config_error
@@ -28,8 +29,14 @@ def main() -> None:
     parser.add_argument("--prompt_tokens", type=positive, default=32, help="tokens of a prompt [%(default)s]")
     parser.add_argument("--tokens", type=positive, nargs="+", default=[32, 96, 224], help="tokens drawn [%(default)s]")
     parser.add_argument("--batch_sizes", type=positive, nargs="+", default=[4, 16], help="of the cache [%(default)s]")
+    parser.add_argument(
+        "--cpu_seconds",
+        action="store_true",
+        help="count those of this process, on a machine with other work; not for GPUs",
+    )
     parser.add_argument("--rounds", type=positive, default=5, help="repetitions, after one that does not count [5]")
     arguments = parser.parse_args()
+    clock = time.process_time if arguments.cpu_seconds else time.perf_counter
     with exit_on_config_error():
         model = open_text_model(arguments)
     print(
@@ -37,7 +44,8 @@ def main() -> None:
     )
     print("|" + "---|" * (4 + len(arguments.batch_sizes)))
     for tokens in arguments.tokens:
-        slow, fast, *batched = measure(model, arguments.prompt_tokens, tokens, arguments.batch_sizes, arguments.rounds)
+        how = (arguments.prompt_tokens, tokens, arguments.batch_sizes, arguments.rounds)
+        slow, fast, *batched = measure(model, *how, clock)
         print(
             f"| {tokens} | {slow:.1f} | {fast:.1f} | {fast / slow:.1f} | "
             + " | ".join(f"{v:.1f}" for v in batched)
@@ -45,7 +53,9 @@ def main() -> None:
         )
 
 
-def measure(model: TextModel, prompt_tokens: int, tokens: int, sizes: list[int], rounds: int) -> list[float]:
+def measure(
+    model: TextModel, prompt_tokens: int, tokens: int, sizes: list[int], rounds: int, clock: Callable[[], float]
+) -> list[float]:
     """Tokens a second without the cache, with it, and with it for several texts."""
     window = prompt_tokens + tokens
     without = FullPasses(partial(model.model, last_only=True), window)  # type: ignore[arg-type]
@@ -55,10 +65,10 @@ def measure(model: TextModel, prompt_tokens: int, tokens: int, sizes: list[int],
         for taken, (way, size) in zip(seconds, ways, strict=True):
             request = Request(range(1, prompt_tokens + 1), tokens, Sampling(temperature=0), stop_at_eot=False)
             batch: Batch[int] = Batch(way, model.tokenizer, context=window, device=model.device)
-            started = time.perf_counter()
+            started = clock()
             for _ in generate(batch, [(number, request) for number in range(size)], size):
                 pass
-            taken.append(time.perf_counter() - started)
+            taken.append(clock() - started)
     return [size * tokens / statistics.median(taken[1:]) for taken, (_, size) in zip(seconds, ways, strict=True)]
 
 

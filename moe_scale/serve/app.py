@@ -171,6 +171,8 @@ class Sequences:
         """The place of a text, and its next event."""
         index, event = await self._queue.get()
         if isinstance(event, Failed):
+            if event.stopping:
+                raise RequestError(event.reason, status=503)
             raise RequestError(f"generating failed: {event.reason}", status=500)
         return index, event
 
@@ -223,7 +225,8 @@ def build_app(model: TextModel, scheduler: Scheduler, *, api_key: str = "", max_
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         scheduler.start()
         yield
-        await asyncio.to_thread(scheduler.stop)
+        scheduler.close()
+        await asyncio.to_thread(scheduler.join)
 
     async def not_found(http: HttpRequest, error: Exception) -> Response:
         status = getattr(error, "status_code", 500)

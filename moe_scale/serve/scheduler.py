@@ -24,9 +24,11 @@ class StoppingError(Exception):
 
 @dataclass(frozen=True)
 class Failed:
-    """What a listener hears in place of events when generating went wrong; nothing follows."""
+    """What a listener hears in place of events when there will be none; nothing follows."""
 
     reason: str
+    stopping: bool = False
+    """Whether that is because the scheduler was closed; else a step went wrong."""
 
 
 Listener = Callable[[Event[int] | Failed], None]
@@ -73,13 +75,18 @@ class Scheduler:
     def start(self) -> None:
         self._thread.start()
 
-    def stop(self) -> None:
-        """Take no more sequences, let go of those that there are, and wait for the thread."""
+    def close(self) -> None:
+        """Take no more sequences and end those that there are; their listeners hear of it."""
         with self._lock:
             self._stopping = True
             self._waiting.clear()
+            for listener in self._listeners.values():
+                listener(Failed("the server is stopping", stopping=True))
             self._listeners.clear()
             self._lock.notify()
+
+    def join(self) -> None:
+        """Wait for the thread of a closed scheduler."""
         self._thread.join()
 
     def submit(self, requests: Sequence[Request], listener: Callable[[int], Listener]) -> list[int]:
@@ -94,7 +101,7 @@ class Scheduler:
 
         Raises:
             FullError: when there are too many waiting already.
-            StoppingError: after :meth:`stop`.
+            StoppingError: after :meth:`close`.
         """
         with self._lock:
             if self._stopping:

@@ -21,6 +21,11 @@ from moe_scale.tools.text_model import add_model_arguments, open_text_model
 if TYPE_CHECKING:
     from starlette.applications import Starlette
 
+    from moe_scale.serve.scheduler import Scheduler
+
+_LAST_SECONDS = 5
+"""For the last words to requests that are ended by a stop."""
+
 API_KEY = "MOE_SCALE_API_KEY"
 """The variable that may hold the API key."""
 
@@ -72,32 +77,45 @@ def run(arguments: argparse.Namespace) -> None:
         if not key and not _is_loopback(host):
             print(f"warning: whoever reaches {host}:{number} can use it; {API_KEY} sets a key", file=sys.stderr)
         address = f"[{host}]" if ":" in host else host
-        print(
-            f"{model.name} with a context of {model.context} tokens at http://{address}:{number}/v1",
-            file=sys.stderr,
-            flush=True,
-        )
-        asyncio.run(_serve(app, listening, arguments.grace_seconds))
+        ready = f"{model.name} with a context of {model.context} tokens at http://{address}:{number}/v1"
+        asyncio.run(_serve(app, scheduler, listening, arguments.grace_seconds, ready))
 
 
-async def _serve(app: Starlette, listening: socket.socket, grace_seconds: int) -> None:
-    """Serve until a signal asks to stop; a second one does not wait for running requests."""
+async def _serve(
+    app: Starlette, scheduler: Scheduler, listening: socket.socket, grace_seconds: int, ready: str
+) -> None:
+    """Serve, and say so, until a signal asks to stop.
+
+    Running requests then have their time to end; at its end, or with a second signal, they are told that there will be
+    no more. A third one waits for nothing.
+    """
     import uvicorn
 
     class Server(uvicorn.Server):
+        signals = 0
+
         @contextmanager
         def capture_signals(self) -> Iterator[None]:
             # uvicorn would raise the signal again in the end, so that a stop that was asked for looked like a crash.
-            loop = asyncio.get_running_loop()
             for number in (signal.SIGTERM, signal.SIGINT):
-                loop.add_signal_handler(number, self.handle_exit, number, None)
+                asyncio.get_running_loop().add_signal_handler(number, self.asked_to_stop)
             yield
 
-        def handle_exit(self, sig: int, frame: object) -> None:
-            self.force_exit = self.should_exit
-            self.should_exit = True
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            print(ready, file=sys.stderr, flush=True)
 
-    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=grace_seconds)
+        def asked_to_stop(self) -> None:
+            self.signals += 1
+            self.should_exit = True
+            if self.signals == 1:
+                asyncio.get_running_loop().call_later(grace_seconds, scheduler.close)
+            else:
+                scheduler.close()
+            self.force_exit = self.signals > 2
+
+    last = grace_seconds + _LAST_SECONDS  # of connections that nobody reads
+    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=last)
     await Server(config).serve(sockets=[listening])
 
 

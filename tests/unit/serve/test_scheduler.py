@@ -69,7 +69,8 @@ def served() -> Iterator[Served]:
     made.scheduler.start()
     yield made
     made.batch.let.release(1000)
-    made.scheduler.stop()
+    made.scheduler.close()
+    made.scheduler.join()
     assert not made.scheduler.is_alive
 
 
@@ -122,10 +123,13 @@ def test_a_step_that_fails_ends_what_runs_and_nothing_else(served: Served, caplo
     assert "generating failed" in caplog.text
 
 
-def test_nothing_is_taken_after_the_stop() -> None:
-    served = Served()
-    served.scheduler.start()
-    served.batch.let.release(1000)
-    served.scheduler.stop()
+def test_closing_ends_all_and_takes_no_more(served: Served) -> None:
+    served.submit("a", REQUEST, REQUEST)
+    served.step(2)
+    served.submit("b")
+    served.scheduler.close()
+    heard = [served.heard.get(timeout=10) for _ in range(3)]
+    assert {name for name, _, _ in heard} == {"a", "b"}
+    assert all(event == Failed("the server is stopping", stopping=True) for _, _, event in heard)
     with pytest.raises(StoppingError):
-        served.submit("a")
+        served.submit("c")
