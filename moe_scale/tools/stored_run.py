@@ -34,9 +34,9 @@ class StoredRun(Generic[C]):
     index: Index
     config: C
 
-    def load_model(self) -> nn.Module:
-        """The model in evaluation mode, in fp32, every byte compared with its checksum."""
-        return load_model(self.checkpoint)
+    def load_model(self, *, dropless: bool = False) -> nn.Module:
+        """The model in evaluation mode, in fp32, every byte compared with its checksum; see :func:`load_model`."""
+        return load_model(self.checkpoint, dropless=dropless)
 
 
 def open_run(path: str, kind: str, recipe: str, config_class: type[C]) -> StoredRun[C]:

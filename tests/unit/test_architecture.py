@@ -28,7 +28,7 @@ LAYERS = (
     ("models",),
     ("data", "telemetry", "checkpoint"),
     ("evaluate", "generate"),
-    ("train",),
+    ("train", "serve"),
     ("planner",),
     ("tools",),
     ("cli", "__init__"),
