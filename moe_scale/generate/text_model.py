@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from moe_scale.data.sentinels import encode_with_sentinels
 from moe_scale.data.tokenizer import TextTokenizer
 from moe_scale.errors import Problem
 from moe_scale.generate.batch import Batch, Request
@@ -25,6 +26,8 @@ class TextModel:
         tokenizer: the run's.
         context: tokens of a prompt and its continuation, at most.
         device: where the model is.
+        first_sentinel: of a model that fills in a text where its sentinels are: the first of them. What it writes is
+            the sentinels, each with what was missing there.
     """
 
     name: str
@@ -32,16 +35,26 @@ class TextModel:
     tokenizer: TextTokenizer
     context: int
     device: torch.device
+    first_sentinel: int | None = None
 
     def encode(self, prompt: str) -> list[int]:
-        """The prompt's tokens after that which begins every document."""
+        """The prompt's tokens, after that which begins every document where the model continues documents.
+
+        Raises:
+            ConfigError: where it names a sentinel that there is not.
+        """
+        if self.first_sentinel is not None:
+            return encode_with_sentinels(self.tokenizer, prompt, self.first_sentinel)
         return [self.tokenizer.eot_id, *self.tokenizer.encode(prompt)]
 
     def check(self, prompt: Sequence[int], where: str) -> list[Problem]:
-        """Whether there is room for one token after the prompt."""
+        """Whether there is a prompt, and room for one token after it."""
+        if not prompt:
+            return [Problem(where, "is empty", "give a text with <extra_id_0> where something is missing")]
         if len(prompt) < self.context:
             return []
-        what = f"{len(prompt)} tokens, with the one that begins a text, and the context holds {self.context}"
+        first = "" if self.first_sentinel is not None else ", with the one that begins a text"
+        what = f"{len(prompt)} tokens{first}, and the context holds {self.context}"
         return [Problem(where, what, f"shorten it to {self.context - 1} tokens")]
 
     def batch(self) -> Batch[Any]:
@@ -49,5 +62,9 @@ class TextModel:
         return Batch(self.model, self.tokenizer, context=self.context, device=self.device)
 
     def request(self, prompt: str, max_tokens: int, sampling: Sampling, stop: Sequence[str], sample: int) -> Request:
-        """A text to continue."""
-        return Request(self.encode(prompt), max_tokens, sampling, tuple(stop), sample)
+        """A text to continue, or to fill in: then the sentinel after the last one of the prompt ends it."""
+        ids, stops = self.encode(prompt), tuple(stop)
+        if self.first_sentinel is not None:
+            following = max([self.first_sentinel - 1, *ids]) + 1
+            stops += (self.tokenizer.decode([following]),) if following < self.tokenizer.vocab_size else ()
+        return Request(ids, max_tokens, sampling, stops, sample)

@@ -1,4 +1,4 @@
-"""``moe-scale generate``: continue text with a trained run of ``recipes/lm_16l.py``."""
+"""``moe-scale generate``: continue text with a trained language model, or fill in what is missing of it."""
 
 from __future__ import annotations
 

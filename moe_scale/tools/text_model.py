@@ -7,13 +7,13 @@ from typing import Any, cast
 
 import torch
 
-from moe_scale.config import LMConfig
+from moe_scale.data.sentinels import with_sentinels
 from moe_scale.data.tokenizer import load_tokenizer
 from moe_scale.errors import ConfigError, Problem
 from moe_scale.generate.text_model import TextModel
 from moe_scale.models.cache import CausalModel
 from moe_scale.tools.arguments import positive
-from moe_scale.tools.stored_run import open_run
+from moe_scale.tools.stored_run import LM, SWITCH, open_run
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,8 +36,9 @@ def open_text_model(arguments: argparse.Namespace) -> TextModel:
         ConfigError: when the run holds no model that can generate text, or the device is not there.
     """
     device = find_device(arguments.device)
-    stored = open_run(arguments.run, "decoder", "lm_16l", LMConfig)
+    stored = open_run(arguments.run, LM, SWITCH)
     config = stored.config
+    fills_in = stored.index.kind == SWITCH.name and not config.model.is_causal
     if config.moe.enabled and config.moe.router == "expert_choice":
         what = f"{arguments.run} was trained with moe.router expert_choice: its experts look at later tokens to choose"
         raise ConfigError(Problem("--run", what, "text can be generated with the other routers"))
@@ -47,11 +48,15 @@ def open_text_model(arguments: argparse.Namespace) -> TextModel:
         raise ConfigError(Problem("data.tokenizer", what, "it is not the one that the run was trained with"))
     model = stored.load_model(dropless=True).to(device)
     causal = cast(CausalModel[Any], model)
-    context = arguments.context or config.data.seq_len
+    context = arguments.context or (config.sequence_length if fills_in else config.data.seq_len)
     if causal.max_positions is not None and context > causal.max_positions:
         what = f"{context}, and the model has {causal.max_positions} learned positions"
         raise ConfigError(Problem("--context", what, f"choose 1 to {causal.max_positions}"))
-    return TextModel(stored.folder.name, causal, tokenizer, context, device)
+    if not fills_in:
+        return TextModel(stored.folder.name, causal, tokenizer, context, device)
+    first = tokenizer.vocab_size
+    tokenizer = with_sentinels(tokenizer, config.model.num_sentinels)
+    return TextModel(stored.folder.name, causal, tokenizer, context, device, first)
 
 
 def find_device(name: str) -> torch.device:

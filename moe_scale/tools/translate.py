@@ -17,7 +17,7 @@ from moe_scale.data.pairs.tokenizer import PairTokenizer
 from moe_scale.errors import ConfigError, Problem, raise_if
 from moe_scale.evaluate.translation import Search, translate
 from moe_scale.tools.arguments import not_negative_number, positive
-from moe_scale.tools.stored_run import StoredRun, open_run
+from moe_scale.tools.stored_run import TRANSLATION, StoredRun, open_run
 from moe_scale.tools.text_files import is_unicode, new_file, opened, read_lines, write
 
 
@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.text and arguments.input:
         raise ConfigError(Problem("--input", "given beside sentences", "choose one of the two"))
     output = new_file(arguments.output)
-    stored = open_run(arguments.run, "seq2seq", "translation", TranslationConfig)
+    stored = open_run(arguments.run, TRANSLATION)
     tokenizer = PairTokenizer.load(stored.folder / TOKENIZER)
     tag = tokenizer.tag_id(arguments.to)
     texts = _read(arguments)

@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 
 import moe_scale
+from moe_scale import cli
 from moe_scale.config import SCALES, SwitchConfig
+from moe_scale.data.sentinels import encode_with_sentinels, with_sentinels
+from moe_scale.data.tokenizer import load_tokenizer
 from moe_scale.errors import ConfigError
 from moe_scale.models.switch import SwitchLayer, SwitchLM
 from moe_scale.parallel import device as devices
@@ -187,3 +190,41 @@ def test_the_sample_fills_the_spans_in(folder: Path) -> None:
     model = moe_scale.load_model(folder / "spans")
     assert isinstance(model, SwitchLM)
     assert torch.isfinite(cast(Tensor, model(torch.arange(5)[None], prefix=5))).all()
+
+
+def generated(folder: Path, name: str, prompt: str, capsys: pytest.CaptureFixture[str], *flags: str) -> str:
+    cli.main(["generate", "--run", str(folder / name), "--prompt", prompt, "--device", "cpu", *flags])
+    return capsys.readouterr().out
+
+
+def test_moe_scale_generate_continues_text(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Greedily, as a forward pass over all that there is says, token by token."""
+    found = generated(folder, "whole", "it", capsys, "--temperature", "0", "--max_tokens", "8")
+    model, tokenizer = cast(Any, moe_scale.load_model(folder / "whole", dropless=True)), load_tokenizer("bytes")
+    ids = [tokenizer.eot_id, *tokenizer.encode("it")]
+    for _ in range(8):
+        ids.append(int(model(torch.tensor([ids]))[0, -1, : tokenizer.vocab_size].argmax()))
+    assert found == tokenizer.decode(ids[3:]) + "\n"
+
+
+def test_moe_scale_generate_fills_in(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = generated(folder, "spans", PROMPT, capsys, "--temperature", "0", "--max_tokens", "8")
+    model = cast(Any, moe_scale.load_model(folder / "spans", dropless=True))
+    tokenizer = with_sentinels(load_tokenizer("bytes"), 100)
+    prompt = encode_with_sentinels(tokenizer, PROMPT, 257)
+    ids = list(prompt)
+    for _ in range(8):
+        ids.append(int(model(torch.tensor([ids]), prefix=len(prompt))[0, -1, : tokenizer.vocab_size].argmax()))
+    assert found == tokenizer.decode(ids[len(prompt) :]).split("<extra_id_2>")[0] + "\n"
+    for wrong, what in (("", "is empty"), ("a <extra_id_100>", "there are <extra_id_0> to <extra_id_99>")):
+        with pytest.raises(SystemExit) as left:
+            generated(folder, "spans", wrong, capsys)
+        assert left.value.code == 2
+        assert what in capsys.readouterr().err
+
+
+def test_moe_scale_generate_refuses_experts_that_choose(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        generated(folder, "choice", "it", capsys)
+    assert left.value.code == 2
+    assert "expert_choice" in capsys.readouterr().err
