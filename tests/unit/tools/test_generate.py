@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import runpy
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from moe_scale.cli import main
 from moe_scale.config import LMConfig
 from moe_scale.data.tokenizer import load_tokenizer
 from moe_scale.generate.full_passes import sample_text
+from tests.ranks import REPO
 from tests.unit.checkpoint.builders import small_config, write_checkpoint
 
 
@@ -187,6 +189,18 @@ def test_what_is_refused(
         generate("--run", "run", *argv, given=given)
     assert left.value.code == 2
     assert what in capsys.readouterr().err
+
+
+def test_the_benchmark_of_the_cache(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = ["--prompt_tokens", "3", "--tokens", "2", "5", "--batch_sizes", "3", "--rounds", "1", "--cpu_seconds"]
+    monkeypatch.setattr(sys, "argv", ["generation.py", "--run", str(folder / "run"), *small])
+    runpy.run_path(str(REPO / "benchmarks" / "generation.py"), run_name="__main__")
+    head, _, *rows = capsys.readouterr().out.splitlines()
+    assert head == "| tokens drawn | no cache | cache | ratio | 3 texts |"
+    assert [row.split()[1] for row in rows] == ["2", "5"]
+    assert all(float(figure) > 0 for row in rows for figure in row.split()[1::2])
 
 
 def test_the_command_line_runs(folder: Path) -> None:

@@ -204,6 +204,17 @@ def test_bad_options(run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Pa
             assert what in capsys.readouterr().err
 
 
+def test_packages_that_are_missing_are_named(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delitem(sys.modules, "moe_scale.serve.app", raising=False)
+    monkeypatch.setitem(sys.modules, "starlette.applications", None)
+    with pytest.raises(SystemExit) as left:
+        main(["serve", "--run", str(run), "--port", "0"])
+    assert left.value.code == 2
+    assert 'starlette.applications is not installed; pip install -e ".[serve]"' in capsys.readouterr().err
+
+
 def test_the_end_of_grace(server: Server) -> None:
     """The last of these tests, as it ends the server that the others use."""
     ends_by_force(server, signals=1)
