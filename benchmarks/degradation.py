@@ -96,7 +96,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output_dir", type=Path, default=Path("runs/degradation"), help="[%(default)s]")
     parser.add_argument("--kilobytes", type=int, default=24, help="of pieces of plays in each text [%(default)s]")
-    parser.add_argument("--max_steps", type=int, default=600, help="of 1,024 bytes, of each run [%(default)s]")
+    parser.add_argument("--max_steps", type=int, default=400, help="of 1,024 bytes, of each run [%(default)s]")
     parser.add_argument("--parallel", type=int, default=2, help="runs at once [%(default)s]")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="[all]")
     parser.add_argument("--report_only", action="store_true", help="table and pictures of what is there")
