@@ -21,9 +21,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         compare,
         doctor,
         experts,
+        generate,
         launch,
         plan,
         reshard,
+        serve,
         sweep,
         translate,
     )
@@ -35,9 +37,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         "compare": compare,
         "doctor": doctor,
         "experts": experts,
+        "generate": generate,
         "launch": launch,
         "plan": plan,
         "reshard": reshard,
+        "serve": serve,
         "sweep": sweep,
         "translate": translate,
     }

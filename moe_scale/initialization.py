@@ -8,23 +8,28 @@ modules are built, and two runs that differ in one of these can be compared step
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 
 @dataclass(frozen=True)
 class Init:
-    """A seed and the path of the module that is being built; ``init / "name"`` descends."""
+    """A seed and the path of the module that is being built; ``init / "name"`` descends.
+
+    Attributes:
+        gain: factor on every standard deviation from here down.
+    """
 
     seed: int
     path: str = ""
+    gain: float = 1.0
 
     def __truediv__(self, name: object) -> Init:
-        return Init(self.seed, f"{self.path}.{name}" if self.path else str(name))
+        return replace(self, path=f"{self.path}.{name}" if self.path else str(name))
 
     def normal_(self, tensor: torch.Tensor, std: float) -> torch.Tensor:
-        """Fill ``tensor`` in place from a normal distribution cut at three standard deviations.
+        """Fill ``tensor`` in place from a normal distribution of ``gain * std`` cut at three standard deviations.
 
         Call it in the ``__init__`` of the module that creates the parameter: under ``zero.Init`` the parameter is
         sharded when that returns, and nothing would be left here to fill.
@@ -35,6 +40,7 @@ class Init:
         digest = hashlib.blake2b(f"{self.seed}/{self.path}".encode(), digest_size=8).digest()
         generator = torch.Generator(device=tensor.device)
         generator.manual_seed(int.from_bytes(digest, "little") & (2**63 - 1))
+        std *= self.gain
         # Drawn in fp32, so that the values agree between precisions up to rounding.
         draw = torch.empty(tensor.shape, dtype=torch.float32, device=tensor.device)
         torch.nn.init.trunc_normal_(draw, std=std, a=-3 * std, b=3 * std, generator=generator)

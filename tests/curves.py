@@ -81,10 +81,7 @@ class CharacterRuns(Runs):
         vocab = {character: index for index, character in enumerate(characters)}
         (folder / "tokenizer" / "vocab.json").write_text(json.dumps(vocab))
         (folder / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
-        draw = random.Random(0)
-        words = ["".join(draw.choices("etaoinshrdlu", k=draw.randint(2, 6))) for _ in range(50)]
-        documents = [json.dumps({"text": " ".join(draw.choices(words, k=60))}) + "\n" for _ in range(300)]
-        (folder / "text.jsonl").write_text("".join(documents))
+        write_words(folder / "text.jsonl")
 
     def argv(
         self, name: str, world_size: int, *, stage: int, ds: tuple[str, ...] = (), extra: tuple[str, ...] = ()
@@ -156,6 +153,41 @@ class ClassifierRuns(Runs):
     def predictions(self, name: str) -> list[dict]:
         """What a run made of each test example."""
         return [json.loads(line) for line in (self.folder / name / "predictions.jsonl").read_text().splitlines()]
+
+
+TINY_SWITCH = """
+max_steps: 20
+model: {num_layers: 2, d_model: 32, num_heads: 4, vocab_size: 360, dropout: 0.0}
+moe: {num_experts: 4, intermediate_size: 16, capacity_factor: 1.0}
+data: {seq_len: 32, num_workers: 0}
+optim: {warmup_steps: 2, lr: 0.003, schedule: constant}
+eval: {every: 0, max_tokens: 256, sample_tokens: 0}
+telemetry: {every: 1, tensorboard: false, wandb: "off"}
+"""
+
+
+class SwitchRuns(Runs):
+    """Runs of ``switch`` on the bytes of made-up sentences."""
+
+    recipe = "switch"
+    tiny = TINY_SWITCH
+
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        write_words(folder / "text.jsonl")
+
+    def argv(
+        self, name: str, world_size: int, *, stage: int, ds: tuple[str, ...] = (), extra: tuple[str, ...] = ()
+    ) -> list[str]:
+        data = ("--data.source", str(self.folder / "text.jsonl"), "--data.cache_dir", str(self.folder / "cache"))
+        return super().argv(name, world_size, stage=stage, ds=ds, extra=(*data, *extra))
+
+
+def write_words(path: Path, count: int = 300) -> None:
+    """A JSONL file of texts of made-up words."""
+    draw = random.Random(0)
+    words = ["".join(draw.choices("etaoinshrdlu", k=draw.randint(2, 6))) for _ in range(50)]
+    path.write_text("".join(json.dumps({"text": " ".join(draw.choices(words, k=60))}) + "\n" for _ in range(count)))
 
 
 def write_moods(path: Path, count: int = 400) -> None:

@@ -74,7 +74,7 @@ class Reader:
         return table[codes.long()] * scales[blocks]
 
 
-def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32) -> nn.Module:
+def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32, dropless: bool = False) -> nn.Module:
     """The model of a checkpoint or a run, on the CPU of this process, in evaluation mode.
 
     Needs neither DeepSpeed nor a process group, whatever wrote the checkpoint.
@@ -82,6 +82,8 @@ def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32) -> nn.Mo
     Args:
         path: a checkpoint's folder, or a run's, which means its newest checkpoint.
         dtype: of the parameters. Buffers keep theirs.
+        dropless: the experts take every token that is sent to them, also in a model that was trained with a capacity
+            (``moe.dispatch``): what becomes of a token then depends on no other.
 
     Raises:
         ConfigError: if there is no checkpoint, or it is damaged; nothing of it is used then.
@@ -89,7 +91,10 @@ def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32) -> nn.Mo
     folder = find_checkpoint(Path(path).expanduser())
     index = read_index(folder)
     verify(folder, index)
-    return fill(build_model(index.kind, index.settings), Reader(folder, index), dtype)
+    settings = index.settings
+    if dropless:
+        settings = {**settings, "moe": {**settings["moe"], "dispatch": "dropless"}}
+    return fill(build_model(index.kind, settings), Reader(folder, index), dtype)
 
 
 def fill(model: nn.Module, reader: Reader, dtype: torch.dtype) -> nn.Module:

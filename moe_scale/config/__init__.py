@@ -25,6 +25,7 @@ from moe_scale.config.run import (
     RunConfig,
     TelemetryConfig,
 )
+from moe_scale.config.switch import SwitchConfig, SwitchModelConfig, SwitchMoEConfig, SwitchTextDataConfig
 from moe_scale.config.translation import PairDataConfig, Seq2SeqConfig, TranslationConfig, TranslationEvalConfig
 
 __all__ = [
@@ -47,6 +48,10 @@ __all__ = [
     "RunConfig",
     "Scale",
     "Seq2SeqConfig",
+    "SwitchConfig",
+    "SwitchMoEConfig",
+    "SwitchModelConfig",
+    "SwitchTextDataConfig",
     "TelemetryConfig",
     "TextDataConfig",
     "TranslationConfig",

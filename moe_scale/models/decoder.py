@@ -1,19 +1,21 @@
 """The decoder language model: pre-norm Transformer layers with attention and a sparse or dense feed-forward.
 
-Shapes: B batch, S sequence, T = B*S tokens, D model width, V vocabulary, E experts, M sparse layers.
+Shapes: B batch, S sequence, T new tokens of it, D model width, V vocabulary, E experts, M sparse layers.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moe_scale.config import DecoderConfig, MoEConfig
 from moe_scale.initialization import Init
-from moe_scale.models.attention import Attention, Rope, attention_mask, rope_tables
+from moe_scale.models.attention import Attention, Rope, attention_mask, rope_at, rope_tables
+from moe_scale.models.cache import KeysValues, Past, positions_of
 from moe_scale.models.layers import DenseFeedForward, TiedHead, TokenEmbedding, dense_hidden, is_sparse
 from moe_scale.moe.backends import build_moe
 from moe_scale.moe.layer import MoEStats
@@ -62,16 +64,33 @@ class DecoderLayer(nn.Module):
         want_sink: bool = False,
     ) -> tuple[Tensor, MoEStats | None, Tensor | None]:
         attended, sink = self.attention(self.attention_norm(x_BSD), rope, mask, want_sink, valid_BS)
-        x_BSD = x_BSD + attended
+        x_BSD, stats = self._feed_forward(x_BSD + attended, ids_BS, valid_BS)
+        return x_BSD, stats, sink
+
+    def proceed(
+        self,
+        x_BTD: Tensor,
+        ids_BT: Tensor,
+        rope: Rope,
+        mask: Tensor,
+        valid_BT: Tensor | None,
+        past: KeysValues | None,
+    ) -> tuple[Tensor, KeysValues]:
+        """Apply the layer to T new positions; see :meth:`Attention.proceed`."""
+        attended, so_far = self.attention.proceed(self.attention_norm(x_BTD), rope, mask, past)
+        x_BTD, _ = self._feed_forward(x_BTD + attended, ids_BT, valid_BT)
+        return x_BTD, so_far
+
+    def _feed_forward(self, x_BSD: Tensor, ids_BS: Tensor, valid_BS: Tensor | None) -> tuple[Tensor, MoEStats | None]:
         normed = self.ffn_norm(x_BSD)
         if hasattr(self, "ffn"):
-            return x_BSD + self.ffn(normed), None, sink
+            return x_BSD + self.ffn(normed), None
         y_BSD, stats = self.moe(normed, valid_BS, ids_BS)
-        return x_BSD + y_BSD, stats, sink
+        return x_BSD + y_BSD, stats
 
 
 class DecoderLM(nn.Module):
-    """A decoder-only language model with tied embedding and head.
+    """A decoder-only language model with tied embedding and head; a :class:`moe_scale.models.cache.CausalModel`.
 
     Args:
         config: the decoder's settings.
@@ -79,6 +98,8 @@ class DecoderLM(nn.Module):
         groups: process groups.
         seed: of the initial weights.
     """
+
+    max_positions: int | None = None  # rotary positions know no end
 
     def __init__(self, config: DecoderConfig, moe: MoEConfig, groups: ParallelGroups | None = None, seed: int = 0):
         super().__init__()
@@ -145,3 +166,32 @@ class DecoderLM(nn.Module):
             # Summed over layers: each router then feels the same weight at any depth.
             loss = loss + weights.aux_loss_weight * moe.aux_loss.sum() + weights.z_loss_weight * moe.z_loss.sum()
         return LMOutput(loss, lm_loss, num_targets, moe, torch.stack(sinks) if sinks else None)
+
+    @torch.no_grad()
+    def start(self, ids_BS: Tensor, valid_BS: Tensor | None = None) -> tuple[Tensor, Past]:
+        """Begin with prompts, padded on the left; see :meth:`moe_scale.models.cache.CausalModel.start`."""
+        padded = valid_BS is not None and not bool(valid_BS.all())
+        if valid_BS is None:
+            valid_BS = torch.ones_like(ids_BS, dtype=torch.bool)
+        # Known to hold no padding, the tokens spare the sparse layers a wait for the device.
+        return self._proceed(ids_BS, positions_of(valid_BS), valid_BS if padded else None, None, valid_BS)
+
+    @torch.no_grad()
+    def step(self, ids_B: Tensor, state: Past) -> tuple[Tensor, Past]:
+        """Append a token to every row; see :meth:`moe_scale.models.cache.CausalModel.step`."""
+        valid_BS = F.pad(state.valid_BS, (0, 1), value=True)
+        return self._proceed(ids_B.unsqueeze(1), state.lengths().unsqueeze(1), None, state, valid_BS)
+
+    def _proceed(
+        self, ids_BT: Tensor, positions_BT: Tensor, valid_BT: Tensor | None, past: Past | None, valid_BS: Tensor
+    ) -> tuple[Tensor, Past]:
+        """Append T tokens to every row: ``valid_BT`` is for the sparse layers, ``valid_BS`` counts earlier ones too."""
+        x_BTD = self.embedding(ids_BT)
+        rope = rope_at(positions_BT.unsqueeze(1), self.config.head_width, self.config.rope_theta)
+        mask = attention_mask(valid_BS.long() - 1, queries=ids_BT.shape[1])
+        layers = []
+        for number, layer in enumerate(self.layers):
+            kept = None if past is None else past.layers[number]
+            x_BTD, so_far = cast(DecoderLayer, layer).proceed(x_BTD, ids_BT, rope, mask, valid_BT, kept)
+            layers.append(so_far)
+        return self.head(self.final_norm(x_BTD[:, -1])), Past(tuple(layers), valid_BS)

@@ -15,11 +15,11 @@ from torch.utils.checkpoint import checkpoint
 from moe_scale.config import MoEConfig, Seq2SeqConfig
 from moe_scale.initialization import Init
 from moe_scale.models.attention import Rope
+from moe_scale.models.cache import KeysValues
 from moe_scale.models.encoder import EncoderLayer, key_mask, with_positions
 from moe_scale.models.layers import TiedHead, TokenEmbedding
 from moe_scale.models.transformer import (
     FeedForward,
-    KeysValues,
     LearnedPositions,
     MultiHeadAttention,
     Sublayer,

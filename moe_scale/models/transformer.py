@@ -5,7 +5,7 @@ Shapes: B batch, S keys' sequence, T queries' sequence, D model width, H heads, 
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from moe_scale.config import MoEConfig
 from moe_scale.initialization import Init
 from moe_scale.models.attention import Rope, rotate
+from moe_scale.models.cache import KeysValues
 from moe_scale.models.layers import Linear, dense_width, is_sparse
 from moe_scale.moe.backends import build_moe
 from moe_scale.moe.experts import SharedExpert
@@ -66,21 +67,6 @@ class LearnedPositions(nn.Module):
 
     def forward(self, positions_T: Tensor) -> Tensor:
         return F.embedding(positions_T, self.weight)
-
-
-class KeysValues(NamedTuple):
-    """Keys and values [B, H, S, A] that queries attend to; the keys are rotated already where positions are rotary."""
-
-    keys: Tensor
-    values: Tensor
-
-    def then(self, later: KeysValues) -> KeysValues:
-        """These, and after them those of later positions."""
-        return KeysValues(torch.cat([self.keys, later.keys], dim=2), torch.cat([self.values, later.values], dim=2))
-
-    def select(self, rows: Tensor) -> KeysValues:
-        """Those of the batch's ``rows``, in that order."""
-        return KeysValues(self.keys.index_select(0, rows), self.values.index_select(0, rows))
 
 
 class MultiHeadAttention(nn.Module):

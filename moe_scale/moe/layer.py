@@ -47,6 +47,8 @@ class MoEStats(NamedTuple):
     """fp32 number of those pairs that found no place."""
     entropy: Tensor
     """Routing entropy as a share of log E."""
+    logit_rms: Tensor
+    """Root mean square of the router's scores."""
 
 
 class SparseLayer(nn.Module):
@@ -230,12 +232,14 @@ def make_stats(
             aux_loss = losses.load_balance_loss(probs_TE, load_E, valid_T)
     with torch.no_grad():
         entropy = losses.routing_entropy(probs_TE, valid_T)
+        logit_rms = losses.root_mean_square(routing.logits_TE, valid_T)
     return MoEStats(
         aux_loss=aux_loss,
         z_loss=none if config.router == "hash" else losses.router_z_loss(routing.logits_TE, valid_T),
         assignments_E=assignments_E.float(),
         dropped=dropped.float(),
         entropy=entropy.float(),
+        logit_rms=logit_rms.float(),
     )
 
 

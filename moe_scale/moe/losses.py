@@ -67,6 +67,11 @@ def routing_entropy(probs_TE: Tensor, valid_T: Tensor | None = None) -> Tensor:
     return _mean_over_tokens(entropy_T, valid_T)
 
 
+def root_mean_square(logits_TE: Tensor, valid_T: Tensor | None = None) -> Tensor:
+    """Root of the mean square of the scores of all tokens; 0 without a token."""
+    return _mean_over_tokens(logits_TE.square().mean(dim=-1), valid_T).sqrt()
+
+
 def _mean_over_tokens(values: Tensor, valid_T: Tensor | None) -> Tensor:
     """Mean over the first dimension, real tokens only; 0 when there is none."""
     if valid_T is None:

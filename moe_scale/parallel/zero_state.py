@@ -15,7 +15,7 @@ stage 0, fp32                  the parameters themselves
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from moe_scale.errors import ConfigError, Problem
+from moe_scale.parallel.collectives import host_group
 
 WRAPPERS = ("DeepSpeedZeroOptimizer_Stage3", "DeepSpeedZeroOptimizer", "BF16_Optimizer", "FP16_UnfusedOptimizer")
 """DeepSpeed's optimizers that this file knows, besides torch's own."""
@@ -59,6 +60,21 @@ class Held:
 def held_state(engine: Any) -> list[Held]:
     """Everything that this rank holds of the training state, in the order of the module's parameters."""
     return [held for held in _all_held(engine) if held.length > 0]
+
+
+def squared_weight_norms(engine: Any, label: Callable[[str], Hashable]) -> dict[Any, float]:
+    """Squared L2 norms of the weights under each label, every element counted once; all ranks together.
+
+    Args:
+        label: of a parameter, by its name in the engine's module.
+    """
+    labels = list(dict.fromkeys(label(name) for name, _ in engine.module.named_parameters()))
+    sums = torch.zeros(len(labels), dtype=torch.float64)
+    for held in held_state(engine):
+        if held.writer:
+            sums[labels.index(label(held.name))] += held.values.detach().double().square().sum().cpu()
+    torch.distributed.all_reduce(sums, group=host_group())
+    return dict(zip(labels, sums.tolist(), strict=True))
 
 
 def inner_optimizer(engine: Any) -> torch.optim.Optimizer:

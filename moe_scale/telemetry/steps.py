@@ -29,7 +29,7 @@ class StepMeter:
         router = (zero, zero) if moe is None else (moe.aux_loss.mean(), moe.z_loss.mean())
         self._losses.append(torch.stack([x.detach().double() for x in (output.loss, output.lm_loss, *router)]))
         if moe is not None:
-            self._layers.append(torch.stack([moe.entropy, moe.dropped]).detach().double())
+            self._layers.append(torch.stack([moe.entropy, moe.dropped, moe.logit_rms]).detach().double())
             counts = moe.assignments_E.detach().double()
             self._assignments_ME = counts if self._assignments_ME is None else self._assignments_ME + counts
 
@@ -37,19 +37,22 @@ class StepMeter:
         """The step's figures over all ranks, which must call it together. Lists have one entry a sparse layer.
 
         ``aux_loss`` and ``z_loss`` are unweighted means over layers. ``router/entropy`` is a share of log E;
-        ``router/load_cv`` is the standard deviation of the experts' load over its mean, ``router/load_max`` the
-        largest load over the mean; ``router/dropped`` the share of (token, choice) pairs that found no place.
+        ``router/logit_rms`` the root mean square of the router's scores; ``router/load_cv`` the standard deviation of
+        the experts' load over its mean, ``router/load_max`` the largest load over the mean; ``router/dropped`` the
+        share of (token, choice) pairs that found no place.
         """
         losses = mean_over_ranks(torch.stack(self._losses).mean(dim=0))
         record: dict[str, Any] = dict(zip(("loss", "lm_loss", "aux_loss", "z_loss"), losses.tolist(), strict=True))
         if self._assignments_ME is not None:
             layers = torch.stack(self._layers)
             entropy_M = mean_over_ranks(layers[:, 0].mean(dim=0))
+            logit_square_M = mean_over_ranks(layers[:, 2].square().mean(dim=0))
             dropped_M = sum_over_ranks(layers[:, 1].sum(dim=0))
             load_ME = sum_over_ranks(self._assignments_ME)
             mean_M = load_ME.mean(dim=1).clamp(min=1e-12)
             record |= {
                 "router/entropy": entropy_M.tolist(),
+                "router/logit_rms": logit_square_M.sqrt().tolist(),
                 "router/load_cv": (load_ME.std(dim=1, correction=0) / mean_M).tolist(),
                 "router/load_max": (load_ME.max(dim=1).values / mean_M).tolist(),
                 "router/dropped": (dropped_M / load_ME.sum(dim=1).clamp(min=1)).tolist(),

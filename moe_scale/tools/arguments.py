@@ -47,6 +47,14 @@ def not_negative_number(text: str) -> float:
     return value
 
 
+def probability(text: str) -> float:
+    """A number above 0, up to 1."""
+    value = _number(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text}: choose a number above 0, up to 1")
+    return value
+
+
 def _number(text: str) -> float:
     try:
         return float(text)

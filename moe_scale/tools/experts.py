@@ -23,7 +23,7 @@ from moe_scale.evaluate.expert_usage import LayerUsage, watched_choices
 from moe_scale.telemetry.provenance import commit_of
 from moe_scale.tools.arguments import not_negative, positive
 from moe_scale.tools.expert_plots import plot_groups, plot_load
-from moe_scale.tools.stored_run import StoredRun, open_run
+from moe_scale.tools.stored_run import TRANSLATION, StoredRun, open_run
 
 CLASSES = ("frequent", "rare", "punctuation", "digits", "tags and ends")
 CHOICES = ("language", "direction", "token class")
@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> dict[str, LayerUsage]:
     Raises:
         ConfigError: when the run or its data cannot be used, or the model has no experts; nothing is written then.
     """
-    stored = open_run(arguments.run, "seq2seq", "translation", TranslationConfig)
+    stored = open_run(arguments.run, TRANSLATION)
     config = stored.config
     if not config.sparse_layers:
         raise ConfigError(Problem("run", f"{arguments.run} holds a dense model", "give one with experts"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import pydantic
 from torch import nn
@@ -12,7 +12,7 @@ from torch import nn
 from moe_scale.checkpoint import folder as folders
 from moe_scale.checkpoint.index import Index, read_index
 from moe_scale.checkpoint.reader import load_model
-from moe_scale.config import RunConfig
+from moe_scale.config import LMConfig, RunConfig, SwitchConfig, TranslationConfig
 from moe_scale.errors import ConfigError, Problem
 
 C = TypeVar("C", bound=RunConfig)
@@ -34,29 +34,43 @@ class StoredRun(Generic[C]):
     index: Index
     config: C
 
-    def load_model(self) -> nn.Module:
-        """The model in evaluation mode, in fp32, every byte compared with its checksum."""
-        return load_model(self.checkpoint)
+    def load_model(self, *, dropless: bool = False) -> nn.Module:
+        """The model in evaluation mode, in fp32, every byte compared with its checksum; see :func:`load_model`."""
+        return load_model(self.checkpoint, dropless=dropless)
 
 
-def open_run(path: str, kind: str, recipe: str, config_class: type[C]) -> StoredRun[C]:
+class Kind(NamedTuple):
+    """A kind of model, the recipe that trains such models, and the settings of its runs."""
+
+    name: str
+    recipe: str
+    config_class: type
+
+
+LM = Kind("decoder", "lm_16l", LMConfig)
+SWITCH = Kind("switch", "switch", SwitchConfig)
+TRANSLATION = Kind("seq2seq", "translation", TranslationConfig)
+
+
+def open_run(path: str, *kinds: Kind) -> StoredRun[Any]:
     """The newest checkpoint of a run, or the named one.
 
     Args:
         path: a run's folder, or a checkpoint's in it.
-        kind: the kind of model that it must hold.
-        recipe: that trains such models, for the message.
+        kinds: of models, one of which it must hold.
 
     Raises:
         ConfigError: at ``run``, when there is no checkpoint or one of another kind.
     """
     checkpoint = folders.find_checkpoint(Path(path).expanduser())
     index = read_index(checkpoint)
-    if index.kind != kind:
-        what = f"{path} holds a model of kind {index.kind}, not {kind}"
-        raise ConfigError(Problem("run", what, f"give a run of recipes/{recipe}.py"))
+    kind = next((kind for kind in kinds if kind.name == index.kind), None)
+    if kind is None:
+        what = f"{path} holds a model of kind {index.kind}, not {' or '.join(kind.name for kind in kinds)}"
+        recipes = " or ".join(f"recipes/{kind.recipe}.py" for kind in kinds)
+        raise ConfigError(Problem("run", what, f"give a run of {recipes}"))
     try:
-        config = pydantic.TypeAdapter(config_class).validate_python(index.settings)
+        config: Any = pydantic.TypeAdapter(kind.config_class).validate_python(index.settings)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         what = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
-import signal
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 
@@ -20,7 +17,8 @@ from moe_scale.data.pairs.tokenizer import PairTokenizer
 from moe_scale.errors import ConfigError, Problem, raise_if
 from moe_scale.evaluate.translation import Search, translate
 from moe_scale.tools.arguments import not_negative_number, positive
-from moe_scale.tools.stored_run import StoredRun, open_run
+from moe_scale.tools.stored_run import TRANSLATION, StoredRun, open_run
+from moe_scale.tools.text_files import is_unicode, new_file, opened, read_lines, write
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,73 +52,30 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         ConfigError: when the run, the language or the input cannot be used; nothing is written then.
     """
-    output = Path(arguments.output).expanduser() if arguments.output else None
     if arguments.text and arguments.input:
         raise ConfigError(Problem("--input", "given beside sentences", "choose one of the two"))
-    if output and (output.exists() or not output.parent.is_dir()):
-        what = "exists" if output.exists() else "is in a folder that does not exist"
-        raise ConfigError(Problem("--output", f"{output} {what}", "name a new file"))
-    stored = open_run(arguments.run, "seq2seq", "translation", TranslationConfig)
+    output = new_file(arguments.output)
+    stored = open_run(arguments.run, TRANSLATION)
     tokenizer = PairTokenizer.load(stored.folder / TOKENIZER)
     tag = tokenizer.tag_id(arguments.to)
     texts = _read(arguments)
     lines = _tokenized(texts, tokenizer, stored.config)
     model = stored.load_model()
-    with _opened(output) if output else _Standard() as out:
+    with opened(output) as out:
         written = 0
         for number, text in _translated(model, lines, tag, tokenizer, stored, arguments):
-            _write(out, "\n" * (number - 1 - written) + text + "\n")
+            write(out, "\n" * (number - 1 - written) + text + "\n")
             written = number
-        _write(out, "\n" * (len(texts) - written))
-
-
-def _opened(path: Path) -> TextIO:
-    try:
-        return path.open("x", encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(Problem("--output", f"{path} cannot be written: {error.strerror}")) from None
-
-
-class _Standard:
-    """Standard output, which stays open, in place of a file."""
-
-    def __enter__(self) -> TextIO:
-        return sys.stdout
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None and issubclass(kind, BrokenPipeError):
-            # The reader has left, as `head` does. Nothing more is wanted, and the flush at exit must not fail again.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise SystemExit(128 + signal.SIGPIPE) from None
-
-
-def _write(out: TextIO, text: str) -> None:
-    out.write(text)
-    out.flush()
+        write(out, "\n" * (len(texts) - written))
 
 
 def _read(arguments: argparse.Namespace) -> list[str]:
     """The input's lines."""
     if arguments.text:
-        unreadable = [text for text in arguments.text if not _is_unicode(text)]
+        unreadable = [text for text in arguments.text if not is_unicode(text)]
         raise_if([Problem("text", f"{text!r} is not UTF-8", "give it by --input in UTF-8") for text in unreadable])
         return [line for text in arguments.text for line in text.splitlines() or [""]]
-    where = arguments.input or "standard input"
-    try:
-        data = Path(where).expanduser().read_bytes() if arguments.input else sys.stdin.buffer.read()
-        text = data.decode("utf-8-sig")
-    except OSError as error:
-        raise ConfigError(Problem("--input", f"cannot read {where}: {error.strerror}", this_host_only=True)) from None
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        what = f"{where}, line {line}: not UTF-8 at byte {error.start}"
-        raise ConfigError(Problem("--input", what, "convert the file, for example by iconv", True)) from None
-    return text.removesuffix("\n").split("\n") if text else []
-
-
-def _is_unicode(text: str) -> bool:
-    """False where an argument had bytes that are no UTF-8, which Python hands on as halves of surrogate pairs."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
+    return read_lines(arguments.input, "--input")
 
 
 def _tokenized(texts: Sequence[str], tokenizer: PairTokenizer, config: TranslationConfig) -> list[Line]:

@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from moe_scale.checkpoint.reader import Reader
 from moe_scale.config import EarlyStoppingConfig
+from moe_scale.moe.layer import SparseLayer
+from moe_scale.parallel.zero_state import squared_weight_norms
 from moe_scale.train import checkpoint, snapshot
+from moe_scale.train.optim import part_of
 
 if TYPE_CHECKING:
     from moe_scale.train.loop import Run
@@ -80,9 +83,10 @@ def evaluate(run: Run) -> bool:
     settle_best(run)
     best = state.scores.get(BEST)
     state.scores = scores | ({BEST: best} if best else {})
-    run.logger.log({"step": state.step, "tokens": state.tokens} | scores)
+    run.logger.log({"step": state.step, "tokens": state.tokens} | scores | weight_norms(run))
     shown = f", {wanted} {scores[wanted]:.4f}" if wanted not in ("", "eval/loss") else ""
     run.progress.message(f"step {state.step}: held-out loss {scores['eval/loss']:.4f}{shown}")
+    run.tell(run.overfitting.evaluated(scores["eval/loss"], state.step))
     if run.patience is not None:
         run.patience.look(scores)
         state.scores[STOPPING] = run.patience.state()
@@ -93,6 +97,23 @@ def evaluate(run: Run) -> bool:
         return False
     run.new_best = {"score": wanted, "value": scores[wanted]}
     return True
+
+
+def weight_norms(run: Run) -> dict[str, Any]:
+    """L2 norms of the weights, ``weight_norm/<part>``, those of routers and experts by sparse layer; all ranks
+    together."""
+    layers = [name for name, module in run.engine.module.named_modules() if isinstance(module, SparseLayer)]
+
+    def label(name: str) -> tuple[str, int]:
+        part = part_of(name)
+        layer = next((n for n, path in enumerate(layers) if name.startswith(f"{path}.")), -1)
+        return part, layer if part in ("router", "experts") else -1
+
+    norms: dict[str, Any] = {}
+    for (part, layer), square in squared_weight_norms(run.engine, label).items():
+        key = f"weight_norm/{part}"
+        norms[key] = math.sqrt(square) if layer < 0 else [*norms.get(key, []), math.sqrt(square)]
+    return norms
 
 
 def settle_best(run: Run) -> None:

@@ -9,7 +9,6 @@ import socket
 import statistics
 import threading
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -194,40 +193,3 @@ class SpikeWatch:
                 f"the loss spiked at step {step}, after {self.config.max_rollbacks} returns to a checkpoint "
                 "(faults.max_rollbacks): lower --optim.lr, or look at the data"
             )
-
-
-class CollapseWatch:
-    """Warns, once a layer, when one expert takes most of the tokens for long.
-
-    Args:
-        layers: numbers of the sparse layers.
-        top_k: experts that a token is sent to.
-    """
-
-    def __init__(self, config: FaultConfig, layers: Sequence[int], top_k: int):
-        self.config, self.layers, self.top_k = config, layers, top_k
-        self._since: dict[int, int] = {}
-        self._warned: set[int] = set()
-
-    def look(self, record: dict[str, Any]) -> list[str]:
-        """Warnings after a logged step.
-
-        Args:
-            record: its record, with ``router/tokens_per_expert`` as one list a layer.
-        """
-        found = []
-        for layer, counts in zip(self.layers, record.get("router/tokens_per_expert", []), strict=False):
-            share = self.top_k * max(counts) / max(sum(counts), 1)
-            even = self.top_k / len(counts)
-            if share <= self.config.collapse_share or even >= self.config.collapse_share:
-                self._since.pop(layer, None)
-                continue
-            steps = record["step"] - self._since.setdefault(layer, record["step"])
-            if steps >= self.config.collapse_steps and layer not in self._warned:
-                self._warned.add(layer)
-                found.append(
-                    f"warning: expert {counts.index(max(counts))} of layer {layer} has taken {share:.0%} of the "
-                    f"tokens, for {steps} steps now: the router has collapsed. Raise --moe.aux_loss_weight (0.01), use "
-                    "--moe.router sigmoid, or add --moe.router_jitter 0.01"
-                )
-        return found

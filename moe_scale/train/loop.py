@@ -35,7 +35,6 @@ from moe_scale.train.evaluation import BEST, STOPPING, Patience, evaluate, resto
 from moe_scale.train.faults import (
     Agreement,
     BadSteps,
-    CollapseWatch,
     Deadline,
     Interruption,
     PreemptedError,
@@ -44,6 +43,7 @@ from moe_scale.train.faults import (
 from moe_scale.train.optim import parameters_by_part
 from moe_scale.train.preflight import Preflight, RankFacts
 from moe_scale.train.recipe import Job
+from moe_scale.train.signs import CollapseWatch, OverfittingWatch, RouterWatch
 from moe_scale.train.start import (
     agree_on_checkpoint,
     leaving_together,
@@ -172,6 +172,8 @@ class Run:
         self.bad_steps = BadSteps(config.faults)
         self.spikes = SpikeWatch(config.faults)
         self.collapse = CollapseWatch(config.faults, job.task.sparse_layers, config.moe.top_k)
+        self.routers = RouterWatch(config.faults, job.task.sparse_layers)
+        self.overfitting = OverfittingWatch(config.faults)
         self.patience: Patience | None = None
         if metric := config.early_stopping.metric:
             self.patience = Patience(config.early_stopping, job.task.scores[metric], state.scores.get(STOPPING))
@@ -320,7 +322,8 @@ def _log(run: Run, record: dict[str, Any]) -> None:
     record = done | record | _speed(run.job, run.throughput)
     run.logger.log(record)
     run.progress.update(state.step, loss=record["lm_loss"], tokens_per_s=record["tokens_per_s"])
-    run.tell(run.collapse.look(record))
+    run.overfitting.trained(record["lm_loss"])
+    run.tell(run.collapse.look(record) + run.routers.look(record))
 
 
 def _save(run: Run, *, best: bool) -> None:

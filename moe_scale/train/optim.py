@@ -25,11 +25,11 @@ def part_of(name: str) -> str:
         return "router"
     if "norm" in name:
         return "norms"
-    if "attention." in name:
+    if "attention." in name or ".self_attn." in name:
         return "attention"
     if name.startswith(("project.", "pooling.", "head.")):  # into the stream of a classifier, and out of it
         return "projections"
-    return "ffn" if ".ffn." in name else "embedding"
+    return "ffn" if ".ffn." in name or ".linear" in name else "embedding"
 
 
 def parameters_by_part(model: nn.Module) -> dict[str, list[nn.Parameter]]:

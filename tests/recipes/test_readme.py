@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import shlex
@@ -38,7 +39,8 @@ def recipe_of(command: str) -> Recipe:
 
 LAUNCHES = [c for c in COMMANDS if c.startswith("moe-scale launch ")]
 FOR_GPUS = [c for c in COMMANDS if gpu_ranks(c) and c not in LAUNCHES]
-FOR_CPU = [c for c in COMMANDS if not gpu_ranks(c) and c not in LAUNCHES]
+SERVERS = [c for c in COMMANDS if c.startswith("moe-scale serve ")]
+FOR_CPU = [c for c in COMMANDS if not gpu_ranks(c) and c not in LAUNCHES + SERVERS]
 
 
 def test_the_readme_has_commands_of_both_kinds() -> None:
@@ -116,11 +118,35 @@ def translation_run(translation_flags: list[str], tmp_path_factory: pytest.TempP
     return run
 
 
+@pytest.fixture(scope="module")
+def language_model_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A stored run of ``lm_16l`` with the tokenizer's vocabulary, for the tools."""
+    folder = tmp_path_factory.mktemp("lm")
+    config = small_config(folder)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=50304))
+    write_checkpoint(folder / "lm_16l", config)
+    return folder / "lm_16l"
+
+
+@pytest.mark.parametrize("command", SERVERS)
+def test_command_that_serves_serves(command: str, language_model_run: Path) -> None:
+    words = shlex.split(command.replace("runs/lm_16l", str(language_model_run)))
+    words[0] = str(Path(sys.executable).with_name(words[0]))
+    if "--port" in words:
+        words[words.index("--port") + 1] = str(free_port())
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stderr is not None
+        assert "http://127.0.0.1:" in server.stderr.readline()
+        server.terminate()
+        assert server.wait(timeout=60) == 0
+
+
 def on_a_run(command: str, run: Path, tmp_path: Path) -> str:
     """The command of a tool, on ``run`` and with files of its own."""
     (tmp_path / "messages.txt").write_text("Delete the person\n")
-    command = command.replace("runs/translation", str(run))
-    return re.sub(r"(messages\S*)", rf"{tmp_path}/\1", command)
+    (tmp_path / "prompts.txt").write_text("ROMEO.\nJULIET.\n")
+    command = command.replace("runs/translation", str(run)).replace("runs/lm_16l", str(run))
+    return re.sub(r"((?:messages|prompts|texts)\.\S*)", rf"{tmp_path}/\1", command)
 
 
 @pytest.mark.parametrize("command", FOR_CPU)
@@ -147,6 +173,8 @@ def test_command_for_a_cpu_runs(
         flags += " --rounds 1 --steps 1"
     elif command.startswith(("moe-scale translate", "moe-scale experts")):
         command, flags = on_a_run(command, request.getfixturevalue("translation_run"), tmp_path), ""
+    elif command.startswith("moe-scale generate"):
+        command, flags = on_a_run(command, request.getfixturevalue("language_model_run"), tmp_path), ""
     elif command.startswith("moe-scale reshard"):
         write_checkpoint(tmp_path / "run", small_config(tmp_path))
         command, flags = command.replace("runs/lm_16l lm_16l-weights", f"{tmp_path}/run {tmp_path}/weights"), ""

