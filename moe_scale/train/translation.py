@@ -27,6 +27,7 @@ from moe_scale.models.seq2seq import PAD_ID, Seq2Seq, Seq2SeqOutput
 from moe_scale.models.seq2seq_counts import num_active_params, num_params, training_flops
 from moe_scale.parallel import device
 from moe_scale.parallel.groups import ParallelGroups
+from moe_scale.train.finished import write_files
 from moe_scale.train.task import Task
 
 
@@ -222,7 +223,7 @@ class TranslationTask(Task):
         """Write ``test_scores.json``, and ``test_translations.jsonl`` with every test sentence.
 
         Returns:
-            a line for the summary where that failed: a full disk is no reason to lose the other lines as well.
+            a line for the summary where that failed.
         """
         record = {
             "signatures": signatures(),
@@ -234,15 +235,17 @@ class TranslationTask(Task):
                 if scores is not None
             },
         }
-        try:
-            (run_dir / "test_scores.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-            with (run_dir / "test_translations.jsonl").open("w", encoding="utf-8") as file:
-                for number in sorted(by_beam):
-                    texts = {**test.text(number)._asdict(), "beam": by_beam[number], "greedy": by_greedy[number]}
-                    file.write(json.dumps(texts, ensure_ascii=False) + "\n")
-        except OSError as error:
-            return [("not written", f"test scores and translations in {run_dir}: {error.strerror}")]
-        return []
+        lines = []
+        for number in sorted(by_beam):
+            texts = {**test.text(number)._asdict(), "beam": by_beam[number], "greedy": by_greedy[number]}
+            lines.append(json.dumps(texts, ensure_ascii=False) + "\n")
+        return write_files(
+            run_dir,
+            {
+                "test_scores.json": json.dumps(record, indent=2).encode() + b"\n",
+                "test_translations.jsonl": "".join(lines).encode(),
+            },
+        )
 
     def _examples(self, test: PairSplit, translations: dict[int, str]) -> list[tuple[str, str]]:
         """One translation a direction, of up to three: the sentence of middle length."""
