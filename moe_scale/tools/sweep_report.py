@@ -14,11 +14,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from moe_scale.telemetry.provenance import write_atomically
 from moe_scale.telemetry.records import finite
+from moe_scale.telemetry.terminal import Console
 from moe_scale.tools.sweep_effects import SIGNIFICANT, Effect, Effects, Observation, main_effects
 from moe_scale.tools.sweep_plan import Plan, Planned, commit_text
 from moe_scale.train.finished import read_mark

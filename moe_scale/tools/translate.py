@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import os
-import signal
+import contextlib
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -66,7 +65,7 @@ def run(arguments: argparse.Namespace) -> None:
     texts = _read(arguments)
     lines = _tokenized(texts, tokenizer, stored.config)
     model = stored.load_model()
-    with _opened(output) if output else _Standard() as out:
+    with _opened(output) if output else contextlib.nullcontext(sys.stdout) as out:
         written = 0
         for number, text in _translated(model, lines, tag, tokenizer, stored, arguments):
             _write(out, "\n" * (number - 1 - written) + text + "\n")
@@ -79,19 +78,6 @@ def _opened(path: Path) -> TextIO:
         return path.open("x", encoding="utf-8")
     except OSError as error:
         raise ConfigError(Problem("--output", f"{path} cannot be written: {error.strerror}")) from None
-
-
-class _Standard:
-    """Standard output, which stays open, in place of a file."""
-
-    def __enter__(self) -> TextIO:
-        return sys.stdout
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None and issubclass(kind, BrokenPipeError):
-            # The reader has left, as `head` does. Nothing more is wanted, and the flush at exit must not fail again.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise SystemExit(128 + signal.SIGPIPE) from None
 
 
 def _write(out: TextIO, text: str) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from hypothesis import strategies as st
 
 from moe_scale import cli
 from moe_scale.errors import ConfigError
-from moe_scale.tools import sweep_plan, sweep_report, sweep_run
+from moe_scale.tools import sweep, sweep_plan, sweep_report, sweep_run
 from moe_scale.tools.sweep_effects import Observation, main_effects, repeat_spread, spearman
 from moe_scale.tools.sweep_plan import Plan, Planned
 from moe_scale.tools.sweep_plot import MAX_LINES, colours_of, plot
@@ -404,6 +406,24 @@ def swept(tmp_path: Path) -> tuple[Plan, Path]:
         "".join(line for line in metrics.read_text().splitlines(keepends=True) if '"step": 20' not in line)
     )
     return a_plan(trials, ["moe.top_k", "optim.lr"]), tmp_path
+
+
+class Unread(io.StringIO):
+    """Standard output that nobody reads."""
+
+    def write(self, text: str) -> int:
+        raise BrokenPipeError
+
+
+def test_the_files_of_a_report_are_there_whoever_reads_it(
+    swept: tuple[Plan, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, folder = swept
+    monkeypatch.setattr(sys, "stdout", Unread())
+    with pytest.raises(BrokenPipeError):
+        sweep.report(plan, folder)
+    for name in ("results.json", "sweep.md", "settings.png"):
+        assert (folder / name).stat().st_size > 1000, name
 
 
 def test_the_report_of_an_unfinished_sweep(swept: tuple[Plan, Path], capsys: pytest.CaptureFixture[str]) -> None:
