@@ -179,10 +179,12 @@ class TranslationTask(Task):
                 f"{signatures()['bleu']}; beam {config.eval.beam_size}, greedy, and for comparison {others_are}",
             ),
         ]
+        columns = {"beam": beam_scores, "greedy": greedy_scores, "copied": copied}
+        columns |= {"nearest": nearest} if nearest else {}
+        lines.append(("", " | ".join(f"{name:>7}" for name in columns) + " | chrF of beam"))
         for direction, best in beam_scores.items():
-            others = [greedy_scores[direction], copied[direction]] + ([nearest[direction]] if nearest else [])
-            bleu = " | ".join(f"{score.bleu:5.1f}" for score in (best, *others))
-            lines.append((f"  {direction}", f"{bleu}   chrF {best.chrf:.1f}, {best.sentences:,} sentences"))
+            bleu = " | ".join(f"{scores[direction].bleu:7.1f}" for scores in columns.values())
+            lines.append((f"  {direction}", f"{bleu} | {best.chrf:.1f}, {best.sentences:,} sentences"))
         return [*lines, *self._examples(test, by_beam), *not_written]
 
     def _baselines(
