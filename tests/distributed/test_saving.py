@@ -15,7 +15,7 @@ import pytest
 
 from moe_scale.checkpoint.index import read_index, verify
 from moe_scale.train.lock import alone_in
-from tests.curves import Runs
+from tests.curves import CharacterRuns, Runs
 from tests.distributed.faulty import case, run_cases
 
 pytestmark = pytest.mark.slow
@@ -43,7 +43,8 @@ def damage(checkpoint: Path) -> None:
     path.write_bytes(content)
 
 
-def test_which_checkpoints_stay_and_which_are_taken_up(runs: Runs) -> None:
+def test_which_checkpoints_stay_and_which_are_taken_up(tmp_path: Path) -> None:
+    runs = CharacterRuns(tmp_path)
     keep = ("--checkpoint.every", "2", "--checkpoint.keep_last", "2", "--checkpoint.keep_every", "4")
     best = ("--checkpoint.save_best", "eval/loss", "--eval.every", "3", "--checkpoint.background", "false")
     whole = argv(runs, "whole", "--max_steps", "10")
