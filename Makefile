@@ -4,12 +4,14 @@
 # make lint      ruff check, ruff format --check, mypy
 # make clean     remove caches and build leftovers; keeps .venv and runs
 #
-# PYTHON=python3.12 chooses the interpreter that .venv is made with; VENV=folder another place for it.
+# PYTHON=python3.12 chooses the interpreter that .venv is made with; VENV=folder another place for it; WORKERS=8 how many
+# processes `make test` runs the tests of one process in.
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 ARGS ?=
+WORKERS ?= 2
 RUN ?= runs/lm_16l-$(shell date +%Y%m%d-%H%M%S)
 
 BIN := $(VENV)/bin
@@ -46,8 +48,16 @@ $(BIN)/pip:
 train: $(INSTALLED)
 	PATH="$$(cd "$(BIN)" && pwd):$$PATH" "$(BIN)/deepspeed" --log_level error recipes/lm_16l.py --output_dir "$(RUN)" $(ARGS)
 
+# Without ARGS in two parts: what leaves a core idle, WORKERS files at a time; then runs on several ranks, one by one.
 test: $(INSTALLED)
+ifeq ($(strip $(ARGS)),)
+	PATH="$$(cd "$(BIN)" && pwd):$$PATH"; rc=0; \
+	OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -n "$(WORKERS)" --dist loadfile tests/unit tests/numerics tests/recipes || rc=$$?; \
+	"$(BIN)/python" -m pytest tests/distributed || rc=$$?; \
+	exit $$rc
+else
 	PATH="$$(cd "$(BIN)" && pwd):$$PATH" "$(BIN)/python" -m pytest $(ARGS)
+endif
 
 lint: $(INSTALLED)
 	"$(BIN)/ruff" check

@@ -15,6 +15,7 @@ TAKE_A_RECIPE = ("compare", "bench-checkpoint", "doctor", "launch", "plan", "swe
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the tool that the command line names."""
     quiet()
+    from moe_scale.telemetry.terminal import leaving_with_the_reader
     from moe_scale.tools import (
         bench,
         bench_checkpoint,
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         tool = tools.add_parser(name, help=summary, description=summary, allow_abbrev=False)
         module.add_arguments(tool)
     arguments, rest = parser.parse_known_args(argv)
-    with exit_codes():
+    with exit_codes(), leaving_with_the_reader():
         if arguments.tool in TAKE_A_RECIPE or vars(arguments).get("calibrate"):
             modules[arguments.tool].run(arguments, rest)
         elif rest:

@@ -128,6 +128,14 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(Problem("command line", message, "see --help"))
 
 
+class _Pieces(argparse.Action):
+    """Adds up the values of a list's flag; the flag without any empties the list, whatever was given before it."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        before = getattr(namespace, self.dest, None) or []
+        setattr(namespace, self.dest, [*before, *values] if values else [])
+
+
 class _Loader(yaml.BaseLoader):
     """YAML in which every scalar but null is text, as on the command line, so that both are read by the same rules.
 
@@ -229,7 +237,7 @@ def _build_parser(config_class: type, scale_values: Nested, scale: Scale, recipe
         if leaf.path == "scale":
             default = f"{scale} here"
         # A list may be given in several pieces; of a single value the last one counts.
-        how: dict[str, Any] = {"nargs": "*", "action": "extend"} if _is_list(leaf) else {}
+        how: dict[str, Any] = {"nargs": "*", "action": _Pieces} if _is_list(leaf) else {}
         groups[section].add_argument(
             f"--{leaf.path}",
             default=argparse.SUPPRESS,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 from tests.ranks import REPO, run_ranks
 
@@ -58,8 +59,8 @@ class Runs:
         self.run(world_size, cases)
         return {name: self.curve(name) for name in cases}
 
-    def run(self, world_size: int, cases: dict[str, list[str]]) -> None:
-        """Run the command lines, one after the other in one start."""
+    def run(self, world_size: int, cases: dict[str, Any]) -> None:
+        """Run the command lines, one after the other in one start; or what else ``train_cases.py`` knows."""
         listed = self.folder / f"cases_{world_size}.json"
         listed.write_text(json.dumps(list(cases.values())))
         worker = str(REPO / "tests" / "distributed" / "train_cases.py")
@@ -97,7 +98,7 @@ model: {num_encoder_layers: 1, num_decoder_layers: 1, d_model: 32, num_heads: 4,
 moe: {num_experts: 4, intermediate_size: 16}
 data: {batch_tokens: 128, max_len: 40, test_fraction: 0.1}
 optim: {warmup_steps: 2, lr: 0.003}
-eval: {every: 0, bleu_sentences: 5, test_sentences: 8, beam_size: 3}
+eval: {every: 0, bleu_sentences: 5, test_sentences: 8, beam_size: 3, max_len_ratio: 0.3}
 telemetry: {every: 1, tensorboard: false, wandb: "off"}
 """
 

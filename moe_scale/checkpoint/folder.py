@@ -73,11 +73,13 @@ def begin(folder: Path) -> Path:
 def finish(folder: Path) -> None:
     """Give the partial folder its name, and point ``latest`` at it."""
     sync_folder(partial_of(folder))
-    if folder.exists():  # the same step again, after a run that went back
-        set_aside(folder, "replaced")
+    # The same step may be there, of a run that went back.
+    replaced = set_aside(folder, "replaced") if folder.exists() else None
     partial_of(folder).rename(folder)
     sync_folder(folder.parent)
     point(folder.parent / "latest", folder)
+    if replaced:
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def point(link: Path, folder: Path) -> None:
@@ -120,7 +122,17 @@ def prune(run_dir: Path, *, keep_last: int, keep_every: int, keep: Collection[st
 
 
 def sweep(run_dir: Path) -> None:
-    """Remove what runs that were cut off left behind. One process, before anything is written."""
-    for pattern in (".step_*.partial", ".step_*.deleted"):
-        for path in checkpoints_of(run_dir).glob(pattern):
+    """Remove what runs that were cut off left behind. One process, before anything is read or written.
+
+    Raises:
+        OSError: if a checkpoint that was to be replaced, and was not, cannot be given its name back.
+    """
+    folder = checkpoints_of(run_dir)
+    set_apart = folder.glob("step_*.replaced-[0-9]*")
+    for replaced in sorted(set_apart, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+        whole = replaced.with_name(replaced.name.partition(".")[0])
+        if not whole.exists():  # cut off between the two renames of finish()
+            replaced.rename(whole)
+    for pattern in (".step_*.partial", ".step_*.deleted", "step_*.replaced-*"):
+        for path in folder.glob(pattern):
             shutil.rmtree(path, ignore_errors=True)

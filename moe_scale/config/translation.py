@@ -68,6 +68,12 @@ class Seq2SeqConfig(Strict):
 _LANGUAGE = re.compile(r"[a-z]{2,3}")
 
 
+def is_direction(pair: str) -> bool:
+    """Whether it names two different languages, source first, as ``en-de``."""
+    source, _, target = pair.partition("-")
+    return bool(_LANGUAGE.fullmatch(source) and _LANGUAGE.fullmatch(target)) and source != target
+
+
 @dataclass(frozen=True)
 class PairDataConfig(Strict):
     """Sentence pairs: where they are, which directions are learned, how they are tokenized, split and batched."""
@@ -101,10 +107,8 @@ class PairDataConfig(Strict):
 
     def problems(self, where: str) -> list[Problem]:
         found = []
-        for pair in self.pairs:
-            source, _, target = pair.partition("-")
-            if not (_LANGUAGE.fullmatch(source) and _LANGUAGE.fullmatch(target)) or source == target:
-                found.append(Problem(f"{where}.pairs", repr(pair), "write two different language codes, as en-de"))
+        for pair in itertools.filterfalse(is_direction, self.pairs):
+            found.append(Problem(f"{where}.pairs", repr(pair), "write two different language codes, as en-de"))
         repeated = [pair for pair, same in itertools.groupby(sorted(self.pairs)) if len(list(same)) > 1]
         found += [Problem(f"{where}.pairs", f"{pair} is named twice", "name it once") for pair in repeated]
         for name in ("valid_fraction", "test_fraction"):

@@ -12,13 +12,14 @@ import hashlib
 import importlib.util
 import json
 import os
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_scale.config import TextDataConfig
+from moe_scale.data.lines import MARK_BYTES, how_to_convert, marked_encoding, numbered
 from moe_scale.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
@@ -184,21 +185,25 @@ def _read_file(file: Path, name: str, text_field: str, report: SourceReport) -> 
     lower = file.name.lower()
     try:
         if lower.endswith(".txt"):
-            yield file.read_bytes().decode("utf-8-sig"), name
+            content = file.read_bytes()
+            yield content.decode("utf-8-sig"), name
         elif lower.endswith(".parquet"):
             yield from _read_parquet(file, name, text_field, report)
         else:
             with gzip.open(file, "rb") if lower.endswith(".gz") else open(file, "rb") as lines:
                 yield from _read_json_lines(lines, name, text_field, report)
     except UnicodeDecodeError as error:
-        report.skip(name, f"not UTF-8 at byte {error.start}")
-    except (OSError, EOFError, zlib.error) as error:  # unreadable, or a gzip that is cut off or damaged
+        report.skip(name, f"not UTF-8 at byte {error.start}; {how_to_convert(content[:MARK_BYTES], file.name)}")
+    except OSError as error:
         report.skip(name, f"the rest of the file cannot be read ({error})")
 
 
 def _read_json_lines(lines: Any, name: str, text_field: str, report: SourceReport) -> Iterator[tuple[str, str]]:
-    for number, line in enumerate(lines, start=1):
+    for number, line in numbered(lines, partial(report.skip, name)):
         where = f"{name}, line {number}"
+        if number == 1 and marked_encoding(line[:MARK_BYTES]):
+            report.skip(name, f"not UTF-8; {how_to_convert(line, Path(name).name)}")
+            return
         if not line.strip():
             continue
         try:

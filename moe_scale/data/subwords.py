@@ -87,16 +87,28 @@ class SubwordTokenizer:
         """The vocabulary that :meth:`save` wrote.
 
         Raises:
-            ConfigError: at the file, when it is missing or no vocabulary of this kind.
+            ConfigError: at the file, when it is missing, damaged or no vocabulary of this kind.
         """
+
+        def problem(what: str) -> ConfigError:
+            allowed = "a run writes its vocabulary into its folder: copy it from there"
+            return ConfigError(Problem(str(path), what, allowed, this_host_only=True))
+
         try:
-            tokenizer = cls(path.read_bytes())
-            if lacks := tokenizer._lacks():
-                raise ValueError(lacks)
-        except (OSError, RuntimeError, ValueError) as error:
-            why = getattr(error, "strerror", None) or str(error) or "damaged"
-            problem = Problem(str(path), f"not a vocabulary ({why})", "give the tokenizer.model of a run", True)
-            raise ConfigError(problem) from error
+            content = path.read_bytes()
+        except FileNotFoundError:
+            raise problem("the vocabulary is not there") from None
+        except OSError as error:
+            raise problem(f"the vocabulary cannot be read: {error.strerror}") from error
+        damaged = problem(f"its {len(content):,} bytes are no whole vocabulary: the file is cut off or damaged")
+        if not content:  # which SentencePiece takes, and has no entries for
+            raise damaged
+        try:
+            tokenizer = cls(content)
+        except (RuntimeError, ValueError) as error:
+            raise damaged from error
+        if lacks := tokenizer._lacks():
+            raise problem(f"not a vocabulary of this kind: {lacks}")
         return tokenizer
 
     def _lacks(self) -> str:

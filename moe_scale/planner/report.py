@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from rich.console import Console
 from rich.table import Table
 
 from moe_scale.planner.plan import Plan, gib
 from moe_scale.planner.search import Outcome, reasons
 from moe_scale.planner.simulate import Simulation, group_members
 from moe_scale.planner.traffic import on_links
+from moe_scale.telemetry.terminal import Console
 
 BOUNDS = {
     "compute": "matrix products",

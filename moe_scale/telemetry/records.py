@@ -77,10 +77,10 @@ class JsonLines:
         self._file = None
 
 
-def truncate_after(path: Path, step: int) -> None:
+def truncate_after(path: Path, step: int, without: str = "") -> None:
     """Rewrite a ``metrics.jsonl`` without the records of steps after ``step``: all of it or, on an error, nothing.
 
-    A line that is no record, such as one that a crash cut short, goes as well.
+    A line that is no record, such as one that a crash cut short, goes as well; so does a record that has ``without``.
     """
     if not path.exists():
         return
@@ -89,7 +89,8 @@ def truncate_after(path: Path, step: int) -> None:
         with open(path, "rb") as old, os.fdopen(handle, "wb") as new:
             for line in old:
                 with contextlib.suppress(ValueError, KeyError, TypeError):
-                    if json.loads(line)["step"] <= step:
+                    record = json.loads(line)
+                    if record["step"] <= step and without not in record:
                         new.write(line.rstrip(b"\n") + b"\n")
             new.flush()
             os.fsync(new.fileno())

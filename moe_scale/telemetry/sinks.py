@@ -71,17 +71,20 @@ class MetricsLogger:
         if enabled:
             self.path.parent.mkdir(parents=True, exist_ok=True)
 
-    def truncate_after(self, step: int) -> None:
+    def truncate_after(self, step: int, without: str = "") -> None:
         """Continue a run that resumes from ``step``: the records of later steps go, in TensorBoard too, and W&B shows
         the same run. -1 starts from scratch. Call it before the first record and before a progress bar is shown:
         W&B starts here and may say so.
+
+        Args:
+            without: name of a value; records of the file that have it go as well.
         """
         if not self.enabled:
             return
         self._file.close()  # the next record opens the file that takes its place
         self._resumed_step = step
         try:
-            truncate_after(self.path, step)
+            truncate_after(self.path, step, without)
         except OSError as error:
             log.warning("could not drop the records after step %d from %s: %s", step, self.path, error)
         if self._sinks is None:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -29,6 +28,7 @@ from moe_scale.moe.layer import MoELayer, make_stats
 from moe_scale.parallel import device as devices
 from moe_scale.parallel.groups import ParallelGroups
 from moe_scale.telemetry.provenance import package_versions, source_state
+from moe_scale.telemetry.terminal import Console
 from moe_scale.tools.arguments import not_negative, positive
 from moe_scale.tools.peers import PEERS, build_peer, peak_extra_bytes
 from moe_scale.tools.verdict import Finding, judge, median_ratio
@@ -91,7 +91,6 @@ def run(arguments: argparse.Namespace, recipe_argv: list[str] | None = None) -> 
     if "triton" in arguments.peers:
         raise_if(unsupported(MoEConfig(kernels="triton"), zero_stage=0, on_cpu=device.type == "cpu"))
     rows, findings = bench(arguments, device)
-    _show(rows, findings)
     results = {"rows": rows, "verdict": [{**found._asdict(), "reached": found.reached} for found in findings]}
     if arguments.output_dir:
         folder = Path(arguments.output_dir)
@@ -100,6 +99,8 @@ def run(arguments: argparse.Namespace, recipe_argv: list[str] | None = None) -> 
             (folder / f"{name}.json").write_text(json.dumps(results[part], indent=1) + "\n")
         lines = [COLUMNS, ["---"] * len(COLUMNS), *map(_cells, rows)]
         (folder / "bench.md").write_text("".join("| " + " | ".join(line) + " |\n" for line in lines))
+    _show(rows, findings)
+    if arguments.output_dir:
         print(f"wrote bench.json, verdict.json and bench.md to {folder}")
     return results
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from rich.console import Console
 from rich.table import Table
 
 from moe_scale.checkpoint import folder as folders
@@ -27,6 +26,7 @@ from moe_scale.parallel import zero
 from moe_scale.parallel.device import accelerator
 from moe_scale.settings import to_dict
 from moe_scale.telemetry.provenance import package_versions, source_state
+from moe_scale.telemetry.terminal import Console
 from moe_scale.tools.arguments import positive
 from moe_scale.tools.compare import load_recipe
 from moe_scale.train import checkpoint
@@ -61,8 +61,8 @@ def run(arguments: argparse.Namespace, recipe_argv: list[str]) -> Row:
     engine = build_engine(lambda: job.task.build_model(groups), job.config, job.plan, job.device)
     row = _measure(job, engine, steps=arguments.steps, rounds=arguments.rounds)
     if job.launch.is_main:
-        _show(row)
         (job.run_dir / "bench_checkpoint.json").write_text(json.dumps(row, indent=1) + "\n")
+        _show(row)
         print(f"wrote {job.run_dir / 'bench_checkpoint.json'}")
     dist.barrier()
     engine.destroy()

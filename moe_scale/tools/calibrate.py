@@ -82,10 +82,10 @@ def calibrate(arguments: argparse.Namespace, recipe_argv: list[str]) -> dict[str
         "source": source_state(Path(__file__).resolve().parents[1])[0],
     }
     if launch.is_main:
-        for name, rate in rates.items():
-            print(f"{name:<16} {UNITS[name](rate)}")
         folder.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(record, indent=1) + "\n")
+        for name, rate in rates.items():
+            print(f"{name:<16} {UNITS[name](rate)}")
         print(f"wrote {path}")
     dist.barrier()
     calibration.close()

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from rich.console import Console
 from rich.table import Column, Table
 from torch import Tensor
 
@@ -28,6 +27,7 @@ from moe_scale.parallel import device as devices
 from moe_scale.parallel import launch as launches
 from moe_scale.parallel import zero
 from moe_scale.telemetry.provenance import package_versions, source_state
+from moe_scale.telemetry.terminal import Console
 from moe_scale.tools.arguments import positive
 from moe_scale.tools.compare_plot import plot
 from moe_scale.tools.layer_comparison import HUGGING_FACE, LayerShape, compare_layers, hugging_face_problems
@@ -267,12 +267,12 @@ def write_report(rows: list[Row], folder: Path) -> None:
     text = "".join("| " + " | ".join(line) + " |\n" for line in lines)
     notes = _notes(rows)
     (folder / "compare.md").write_text(f"{text}\n{notes}\n\n![Loss, load, time of a layer](compare.png)\n")
+    plot(rows, folder / "compare.png")
     table = Table(*(Column(title, overflow="fold") for title in header))
     for line in cells:
         table.add_row(*line)
     Console(file=sys.stdout, width=190).print(table)
     print(notes)
-    plot(rows, folder / "compare.png")
     print(f"wrote compare.json, compare.md and compare.png to {folder}")
 
 

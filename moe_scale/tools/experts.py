@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from moe_scale.data.pairs.tokenizer import PairTokenizer
 from moe_scale.errors import ConfigError, Problem
 from moe_scale.evaluate.expert_usage import LayerUsage, watched_choices
 from moe_scale.telemetry.provenance import commit_of
+from moe_scale.telemetry.terminal import Console
 from moe_scale.tools.arguments import not_negative, positive
 from moe_scale.tools.expert_plots import plot_groups, plot_load
 from moe_scale.tools.stored_run import TRANSLATION, StoredRun, open_run

@@ -113,26 +113,32 @@ def run(arguments: argparse.Namespace, recipe_argv: list[str]) -> dict[str, Any]
     best = None
     if arguments.search:
         outcomes = search(recipe, subject, wishes, rates)
-        show_search(outcomes)
         found["search"] = [outcome.record() for outcome in outcomes]
         best = outcomes[0]
         if best.why:
+            show_search(outcomes)
             what = f"none of {len(outcomes)} layouts fits {cluster.nodes} x {cluster.devices_per_node} {cluster.name}"
             raise ConfigError(Problem("--search", what, "plan more or larger devices; why each fails is said above"))
     plan = best.plan if best and best.plan else make_plan(subject, wishes, rates)
     simulation = _simulate(plan, arguments) if arguments.simulate else None
-    show(plan)
     if best:
         found["command"] = command(plan, best.layout, arguments, recipe_argv)
+    if simulation:
+        found["simulation"] = simulation.record()
+    record = plan.record() | found
+    folder = arguments.output_dir and Path(arguments.output_dir)
+    written = write(folder, record, best is not None) if folder else []
+    if best:
+        show_search(outcomes)
+    show(plan)
+    if best:
         print(found["command"])
         if cluster.nodes > 1 and not Path(hostfile(cluster)).exists():
             print(f"note: there is no {hostfile(cluster)} here; write it first, one line a node")
     if simulation:
         show_simulation(simulation)
-        found["simulation"] = simulation.record()
-    record = plan.record() | found
-    if arguments.output_dir:
-        write(Path(arguments.output_dir), record, best is not None)
+    if written:
+        print(f"wrote {', '.join(written)} to {folder}")
     return record
 
 
@@ -200,8 +206,9 @@ def wishes_of(arguments: argparse.Namespace) -> Wishes:
     )
 
 
-def write(folder: Path, record: dict[str, Any], searched: bool) -> None:
-    """``plan.json``, with what made it; of a search also the best layout's ``deepspeed.json`` and ``command.txt``."""
+def write(folder: Path, record: dict[str, Any], searched: bool) -> list[str]:
+    """``plan.json``, with what made it; of a search also the best layout's ``deepspeed.json`` and ``command.txt``.
+    Returns their names."""
     made_by = {"versions": package_versions(), "source": source_state(Path(__file__).resolve().parents[1])[0]}
     texts = {"plan.json": json.dumps(record | made_by, indent=1, allow_nan=False)}
     if searched:
@@ -210,7 +217,7 @@ def write(folder: Path, record: dict[str, Any], searched: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
         (folder / name).write_text(text + "\n")
-    print(f"wrote {', '.join(texts)} to {folder}")
+    return list(texts)
 
 
 def _problems(arguments: argparse.Namespace) -> list[Problem]:

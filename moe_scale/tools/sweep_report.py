@@ -14,14 +14,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from moe_scale.telemetry.provenance import write_atomically
 from moe_scale.telemetry.records import finite
+from moe_scale.telemetry.terminal import Console
 from moe_scale.tools.sweep_effects import SIGNIFICANT, Effect, Effects, Observation, main_effects
 from moe_scale.tools.sweep_plan import Plan, Planned, commit_text
-from moe_scale.train.evaluation import RESTORED
+from moe_scale.train.finished import read_mark
 
 _PARAMETERS = re.compile(r"^model +([0-9,]+) parameters(?:, ([0-9,]+) active)?", re.MULTILINE)
 """The line of a run's summary that counts them."""
@@ -106,11 +106,9 @@ def read_records(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def is_finished(planned: Planned, metric: str, folder: Path) -> bool:
-    """Whether the trial's last step was evaluated, or it stopped early by its settings; and nothing after it failed."""
-    if planned.failure(folder).is_file():
-        return False
-    records = read_records(planned.folder(folder))
-    return any(metric in r and (r["step"] >= planned.max_steps or RESTORED in r) for r in records)
+    """Whether the trial's run has finished, at its last step or early by its settings; and nothing after it failed."""
+    mark = None if planned.failure(folder).is_file() else read_mark(planned.folder(folder))
+    return mark is not None and metric in mark.scores and (mark.step >= planned.max_steps or mark.stopped_early)
 
 
 def last_score(planned: Planned, metric: str, folder: Path) -> float | None:

@@ -11,16 +11,16 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import Any, NoReturn
 
 import psutil
 
-from moe_scale.errors import ConfigError, Problem
 from moe_scale.parallel import device as devices
 from moe_scale.tools.launch_run import ranks_below
 from moe_scale.tools.sweep_plan import Plan, Planned
 from moe_scale.tools.sweep_report import is_finished, last_score
 from moe_scale.train.faults import EXIT_PREEMPTED, PreemptedError
+from moe_scale.train.lock import alone_in
 
 ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 POLL_S = 0.1
@@ -139,28 +139,10 @@ class _Asked:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[int | None]:
-    """Keep other starts out of the folder. The lock is handed to the trials, so that it holds while any of them lives.
-
-    Yields:
-        its file descriptor; None where the file system has no locks.
-
-    Raises:
-        ConfigError: if another sweep, or a trial that it left behind, has the folder.
-    """
-    with contextlib.ExitStack() as stack:
-        file: IO[bytes] | None = None
-        try:
-            import fcntl
-
-            folder.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(open(folder / ".lock", "ab"))
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            what = f"{folder} is in use by another sweep, or by a trial that one left behind"
-            raise ConfigError(Problem("output_dir", what, "wait for its end", this_host_only=True)) from None
-        except (ImportError, OSError):  # a folder that cannot be written is told of by what is written next
-            file = None
-        yield file.fileno() if file else None
+    """Keep other sweeps out of the folder; as :func:`alone_in`. What it yields is handed to the trials, so that the
+    lock holds while any of them lives."""
+    with alone_in(folder, "another sweep, or by a trial that one left behind") as lock:
+        yield lock
 
 
 def environment(folder: Path, slot: int, ranks: int, parallel: int) -> dict[str, str]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import signal
+import contextlib
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TextIO
 
+from moe_scale.data.lines import MARK_BYTES, how_to_convert
 from moe_scale.errors import ConfigError, Problem
 
 
@@ -26,27 +27,14 @@ def new_file(path: str | None) -> Path | None:
     return output
 
 
-def opened(path: Path | None) -> TextIO | StandardOutput:
+def opened(path: Path | None) -> AbstractContextManager[TextIO]:
     """To write to: the new file, or standard output without one."""
     if path is None:
-        return StandardOutput()
+        return contextlib.nullcontext(sys.stdout)  # which stays open
     try:
         return path.open("x", encoding="utf-8")
     except OSError as error:
         raise ConfigError(Problem("--output", f"{path} cannot be written: {error.strerror}")) from None
-
-
-class StandardOutput:
-    """Standard output, which stays open, in place of a file."""
-
-    def __enter__(self) -> TextIO:
-        return sys.stdout
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None and issubclass(kind, BrokenPipeError):
-            # The reader has left, as `head` does. Nothing more is wanted, and the flush at exit must not fail again.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise SystemExit(128 + signal.SIGPIPE) from None
 
 
 def write(out: TextIO, text: str) -> None:
@@ -70,7 +58,7 @@ def read_lines(path: str | None, option: str) -> list[str]:
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         what = f"{where}, line {line}: not UTF-8 at byte {error.start}"
-        raise ConfigError(Problem(option, what, "convert the file, for example by iconv", True)) from None
+        raise ConfigError(Problem(option, what, how_to_convert(data[:MARK_BYTES], where), True)) from None
     return text.removesuffix("\n").split("\n") if text else []
 
 

@@ -13,7 +13,8 @@ import torch
 from moe_scale.config import TranslationConfig
 from moe_scale.data.pairs.batches import PairItem, make_batch
 from moe_scale.data.pairs.prepare import TOKENIZER
-from moe_scale.data.pairs.tokenizer import PairTokenizer
+from moe_scale.data.pairs.sentences import clean
+from moe_scale.data.pairs.tokenizer import MAX_PIECE_LENGTH, PairTokenizer
 from moe_scale.errors import ConfigError, Problem, raise_if
 from moe_scale.evaluate.translation import Search, translate
 from moe_scale.tools.arguments import not_negative_number, positive
@@ -36,6 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--scores", action="store_true", help="before each translation its score, log p / tokens^penalty, and a tab"
     )
+
+
+TIMES_TOO_LONG = 8
+"""Lines of more than so many times the longest training sentence are refused, also where the model's positions go on:
+the search takes the square of a line's length in time, and what it finds there is no translation."""
 
 
 @dataclass(frozen=True)
@@ -79,13 +85,23 @@ def _read(arguments: argparse.Namespace) -> list[str]:
 
 
 def _tokenized(texts: Sequence[str], tokenizer: PairTokenizer, config: TranslationConfig) -> list[Line]:
-    """The lines with words. Tells of those that are longer than any that the model was trained on."""
-    lines = [Line(number, tokenizer.encode(text)) for number, text in enumerate(texts, start=1) if text.strip()]
-    long = [line for line in lines if len(line.tokens) > config.data.max_len]
-    if long and config.model.positions == "learned":
-        first = long[0]
-        what = f"line {first.number} has {len(first.tokens)} tokens, the model takes {config.data.max_len}"
-        raise ConfigError(Problem("text", f"{what}; {len(long)} such lines", "split them into sentences"))
+    """The lines with words. Tells of those that are longer than any that the model was trained on, and refuses what is
+    far beyond that."""
+    trained = config.data.max_len
+    limit = trained if config.model.positions == "learned" else TIMES_TOO_LONG * trained
+    lines, refused = [], []
+    for number, text in enumerate(texts, start=1):
+        words = clean(text)
+        # Tokens of no line are counted that can only have too many: of a megabyte it would take long.
+        tokens = tokenizer.encode(words) if len(words) <= MAX_PIECE_LENGTH * limit else None
+        if tokens is None or len(tokens) > limit:
+            refused.append(number)
+        elif tokens:
+            lines.append(Line(number, tokens))
+    if refused:
+        what = f"line {refused[0]:,} has more than {limit:,} tokens, and the model was trained on up to {trained:,}"
+        raise ConfigError(Problem("text", f"{what}; {len(refused):,} such lines", "split them into sentences"))
+    long = [line for line in lines if len(line.tokens) > trained]
     if long:
         numbers = ", ".join(str(line.number) for line in long[:5]) + (", ..." if len(long) > 5 else "")
         print(

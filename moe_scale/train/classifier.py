@@ -23,6 +23,7 @@ from moe_scale.models.classifier import Classifier, ClassifierOutput
 from moe_scale.models.classifier_counts import num_active_params, num_params, training_flops
 from moe_scale.parallel import device
 from moe_scale.parallel.groups import ParallelGroups
+from moe_scale.train.finished import write_files
 from moe_scale.train.task import Task
 
 
@@ -122,7 +123,7 @@ class ClassifierTask(Task):
             return []
         baseline = logistic_regression(self.examples, config.model.output_size) if config.eval.baseline else None
         chance = self._chance(found)
-        self._write(run_dir, test, predictions, found, {"baseline": baseline, "chance": chance})
+        not_written = self._write(run_dir, test, predictions, found, {"baseline": baseline, "chance": chance})
         sizes = (count(config.model, config.moe, of_features=config.data.has_features) for count in
                  (num_params, num_active_params))  # fmt: skip
         lines = [
@@ -141,7 +142,7 @@ class ClassifierTask(Task):
         ]
         if config.model.output_size <= 10:
             lines.append(("confusion", _table(found.confusion)))
-        return lines
+        return [*lines, *not_written]
 
     def _chance(self, found: ClassificationScores) -> dict[str, float]:
         """Accuracies without a look at the examples: always the most frequent class of training, and even guessing with
@@ -154,25 +155,35 @@ class ClassifierTask(Task):
 
     def _write(
         self, run_dir: Path, test: ExampleSplit, predictions: Predictions, found: ClassificationScores, beside: dict
-    ) -> None:
-        """``test_scores.json``, ``predictions.jsonl`` with every test example, and the pictures."""
+    ) -> list[tuple[str, str]]:
+        """``test_scores.json``, ``predictions.jsonl`` with every test example, and the pictures.
+
+        Returns:
+            a line for the summary where that failed.
+        """
         record = {"model": found.record(), **beside}
-        (run_dir / "test_scores.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        with (run_dir / "predictions.jsonl").open("w", encoding="utf-8") as file:
-            rows = zip(
-                predictions.places_N.tolist(),
-                predictions.labels_N.tolist(),
-                predictions.predicted.tolist(),
-                predictions.probs_NC.tolist(),
-                strict=True,
-            )
-            for place, label, predicted, probs in rows:
-                line = {"example": place, "label": label, "predicted": predicted, "probabilities": probs}
-                if self.examples.vocabulary is not None:
-                    line["text"] = test.text(place)
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        draw_confusion(found, run_dir / "confusion.png")
-        draw_calibration(found, run_dir / "calibration.png")
+        rows = zip(
+            predictions.places_N.tolist(),
+            predictions.labels_N.tolist(),
+            predictions.predicted.tolist(),
+            predictions.probs_NC.tolist(),
+            strict=True,
+        )
+        lines = []
+        for place, label, predicted, probs in rows:
+            line = {"example": place, "label": label, "predicted": predicted, "probabilities": probs}
+            if self.examples.vocabulary is not None:
+                line["text"] = test.text(place)
+            lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+        return write_files(
+            run_dir,
+            {
+                "test_scores.json": json.dumps(record, indent=2).encode() + b"\n",
+                "predictions.jsonl": "".join(lines).encode(),
+                "confusion.png": lambda path: draw_confusion(found, path),
+                "calibration.png": lambda path: draw_calibration(found, path),
+            },
+        )
 
 
 def _by_chance(found: ClassificationScores, chance: dict[str, float]) -> str:

@@ -19,12 +19,17 @@ if TYPE_CHECKING:
 Way = Literal["lower", "higher"]
 """Which scores are better."""
 
-BEST, STOPPING = "best", "stopping"
-"""What the scores of a checkpoint hold besides scores: the best so far, and the state of :class:`Patience`."""
-
+BEST, STOPPING, EVALUATED = "best", "stopping", "evaluated_step"
+"""What the scores of a checkpoint hold besides scores: the best so far, the state of :class:`Patience`, and the step of
+the evaluation that gave them."""
 
 RESTORED = "eval/restored_step"
 """In the last record of a run with early stopping: the step whose weights it ends with."""
+
+
+def only_scores(scores: Mapping[str, Any]) -> dict[str, Any]:
+    """The scores of a checkpoint without what it keeps beside them."""
+    return {name: score for name, score in scores.items() if name not in (BEST, STOPPING, EVALUATED)}
 
 
 def is_better(score: float, than: float | None, way: Way, by: float = 0.0) -> bool:
@@ -82,7 +87,7 @@ def evaluate(run: Run) -> bool:
     scores = run.job.task.evaluate(run.engine)
     settle_best(run)
     best = state.scores.get(BEST)
-    state.scores = scores | ({BEST: best} if best else {})
+    state.scores = scores | {EVALUATED: state.step} | ({BEST: best} if best else {})
     run.logger.log({"step": state.step, "tokens": state.tokens} | scores | weight_norms(run))
     shown = f", {wanted} {scores[wanted]:.4f}" if wanted not in ("", "eval/loss") else ""
     run.progress.message(f"step {state.step}: held-out loss {scores['eval/loss']:.4f}{shown}")
@@ -145,7 +150,6 @@ def restore_best(run: Run) -> list[tuple[str, str]]:
         snapshot.put(run.engine, Reader(path, index), step=index.step)
         state.scores = index.scores
     # The last scores of a run's record are those of the weights that it ends with.
-    scores = {name: score for name, score in state.scores.items() if name not in (BEST, STOPPING)}
-    run.logger.log({"step": state.step, "tokens": state.tokens} | scores | {RESTORED: index.step})
+    run.logger.log({"step": state.step, "tokens": state.tokens} | only_scores(state.scores) | {RESTORED: index.step})
     value = index.scores[BEST]["value"]
     return [("early stopping", f"{ended}; the weights are those of step {index.step}, the best, with {value:.4f}")]

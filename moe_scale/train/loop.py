@@ -30,8 +30,9 @@ from moe_scale.telemetry.sinks import MetricsLogger
 from moe_scale.telemetry.steps import StepMeter
 from moe_scale.telemetry.throughput import Throughput, mfu, peak_flops
 from moe_scale.train import checkpoint, preflight, snapshot
+from moe_scale.train.ending import end
 from moe_scale.train.engine import build_engine
-from moe_scale.train.evaluation import BEST, STOPPING, Patience, evaluate, restore_best, settle_best
+from moe_scale.train.evaluation import BEST, EVALUATED, STOPPING, Patience, evaluate, settle_best
 from moe_scale.train.faults import (
     Agreement,
     BadSteps,
@@ -40,6 +41,7 @@ from moe_scale.train.faults import (
     PreemptedError,
     SpikeWatch,
 )
+from moe_scale.train.finished import has_all_steps
 from moe_scale.train.optim import parameters_by_part
 from moe_scale.train.preflight import Preflight, RankFacts
 from moe_scale.train.recipe import Job
@@ -51,55 +53,67 @@ from moe_scale.train.start import (
     open_logger,
     open_progress,
     open_rank_log,
+    own_folder,
     prepare_data,
     stopping_together,
+    tell_if_finished,
 )
 
 
 def train(job: Job) -> None:
-    """Train ``job`` from its first or resumed step to its last. All ranks call it together.
+    """Train ``job`` from its first or resumed step to its last, and end it; or say that it has finished. All ranks
+    call it together.
 
     Raises:
-        ConfigError: if the data or the checkpoint cannot be used.
+        ConfigError: if the data, the checkpoint or the folder cannot be used.
         DivergedError: if the loss is beyond help.
         PreemptedError: when the run was asked to stop, and is saved.
-        checkpoint.NotSavedError: when the last checkpoint could not be written.
+        checkpoint.NotSavedError: when the last checkpoint, or a file of the end, could not be written.
     """
-    config, launch, task = job.config, job.launch, job.task
-    deadline = Deadline(duration_seconds(config.max_time))
+    deadline = Deadline(duration_seconds(job.config.max_time))
     if job.device.is_cpu:
         devices.keep_freed_memory()
-    launches.export(launch)
+    launches.export(job.launch)
     zero.init_distributed()
     # The watchdog has the last word when a rank is lost, whatever signals a launcher sends to the others meanwhile.
-    with Interruption() as interruption, Watchdog(hang_s=60 * config.faults.hang_minutes) as watchdog:
+    with Interruption() as interruption, Watchdog(hang_s=60 * job.config.faults.hang_minutes) as watchdog:
         watchdog.at(0, "checking the hosts", timed=False)
         facts = preflight.check_environment(job)
-        resumed = agree_on_checkpoint(job)
-        watchdog.at(0, "preparing the data", timed=False)
-        prepare_data(job)
-        with open_rank_log(job) as rank_log:
-            watchdog.last_words = rank_log.last_words
-            run, hosts = _set_up(job, facts, resumed, Surroundings(deadline, interruption, watchdog, rank_log))
-            state = run.state
-            interruption.listen()
-            with (
-                leaving_together(),
-                open_logger(job, hosts, state.step if resumed else None) as run.logger,
-                open_progress(job, resumed) as run.progress,
-                naming_this_rank(launch, rank_log),
-                run.saver,
-            ):
+        with own_folder(job):
+            watchdog.at(0, "checking the checkpoint", timed=False)
+            resumed = agree_on_checkpoint(job)
+            if not tell_if_finished(job, resumed):
+                _train(job, facts, resumed, deadline, interruption, watchdog)
+
+
+def _train(
+    job: Job,
+    facts: list[RankFacts],
+    resumed: tuple[Path, Index] | None,
+    deadline: Deadline,
+    interruption: Interruption,
+    watchdog: Watchdog,
+) -> None:
+    """What is left of a run, in a folder that no other start touches."""
+    watchdog.at(0, "preparing the data", timed=False)
+    prepare_data(job)
+    with open_rank_log(job) as rank_log:
+        watchdog.last_words = rank_log.last_words
+        run, hosts = _set_up(job, facts, resumed, Surroundings(deadline, interruption, watchdog, rank_log))
+        interruption.listen()
+        with (
+            leaving_together(),
+            open_logger(job, hosts, run.state.step if resumed else None) as run.logger,
+            open_progress(job, resumed) as run.progress,
+            naming_this_rank(job.launch, rank_log),
+            run.saver,
+        ):
+            if resumed and has_all_steps(job.config, resumed[1]):
+                _evaluate_last_step(run)
+            else:
                 _train_steps(run)
-                ended = restore_best(run)
-                run.at("summary")
-                summary = task.summarize(run.engine, state.scores, job.run_dir)
-                dist.barrier()
-    if launch.is_main:
-        _print_summary(
-            [*summary, *ended, ("tokens seen", f"{state.tokens:,}"), ("run folder", str(job.run_dir.resolve()))]
-        )
-    task.batches().close()
+            end(run)
+    job.task.batches().close()
     dist.barrier()
     run.engine.destroy()
 
@@ -159,6 +173,8 @@ class Run:
     progress: Progress
     new_best: dict[str, Any] | None = None
     """The score of a checkpoint that is being written as the best so far."""
+    not_saved = ""
+    """Why the last checkpoint is not there; empty when it is."""
 
     def __init__(self, job: Job, engine: Any, groups: ParallelGroups, state: RunState, around: Surroundings):
         config = job.config
@@ -239,11 +255,21 @@ def _train_steps(run: Run) -> None:
                 run.saver.wait()
             run.tell(run.saver.news())
         if leaving and run.agreement.any(bool(run.saver.failure))[0]:
-            raise checkpoint.NotSavedError(f"step {state.step} was not saved: {run.saver.failure}")
+            run.not_saved = f"step {state.step} was not saved: {run.saver.failure}"
+            if not last:
+                raise checkpoint.NotSavedError(run.not_saved)
         if outcome.asked_to_stop and not last:
             raise PreemptedError(f"stopped and saved after step {state.step}; --resume auto continues")
         if last:
             return
+
+
+def _evaluate_last_step(run: Run) -> None:
+    """For a start that finds every step done: the evaluation that a run makes at its last one, unless it is there."""
+    if run.state.scores.get(EVALUATED) != run.state.step and evaluate(run):
+        _save(run, best=True)
+        run.saver.wait()
+        run.tell(run.saver.news())
 
 
 def _step(run: Run, *, logged: bool) -> StepOutcome:
@@ -379,11 +405,3 @@ def _speed(job: Job, throughput: Throughput) -> dict[str, Any]:
         "memory_bytes": devices.peak_memory_bytes(job.device),
         **({} if share is None else {"mfu": share}),
     }
-
-
-def _print_summary(lines: list[tuple[str, str]]) -> None:
-    width = max(len(label) for label, _ in lines)
-    print()
-    for label, text in lines:
-        indented = text.replace("\n", "\n" + " " * (width + 2))
-        print(f"{label:<{width}}  {indented}")

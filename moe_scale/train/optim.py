@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -102,24 +104,29 @@ def optimizer_problems(config: OptimConfig, *, offload: bool = False) -> list[Pr
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, config: RunConfig) -> torch.optim.lr_scheduler.LRScheduler:
-    """The learning-rate schedule, stepped once an optimizer step."""
-    from transformers import optimization
+    """The learning-rate schedule, stepped once an optimizer step: linear up from 0, then as ``optim.schedule`` says."""
+    # The same curves are in transformers.optimization, whose import takes seconds: it brings the whole trainer, and
+    # where peft is installed torch's compiler as well. (Its get_wsd_schedule warms up from the last learning rate.)
+    curves: dict[str, Callable[[int, RunConfig], float]] = {
+        "constant": lambda *_: 1.0, "cosine": _cosine_factor, "wsd": _wsd_factor
+    }  # fmt: skip
+    warmup, after = config.optim.warmup_steps, curves[config.optim.schedule]
 
-    optim = config.optim
-    if optim.schedule == "wsd":
-        # Not transformers' get_wsd_schedule: its warm-up starts at the last learning rate instead of at 0.
-        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _wsd_factor(step, config))
-    if optim.schedule == "cosine":
-        return optimization.get_cosine_with_min_lr_schedule_with_warmup(
-            optimizer, optim.warmup_steps, config.max_steps, min_lr_rate=optim.min_lr_ratio
-        )
-    return optimization.get_constant_schedule_with_warmup(optimizer, optim.warmup_steps)
+    def factor(step: int) -> float:
+        return step / warmup if step < warmup else after(step, config)
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def _cosine_factor(step: int, config: RunConfig) -> float:
+    """Half a cosine (arXiv 1608.03983) from the end of the warm-up down to the last share."""
+    warmup, last = config.optim.warmup_steps, config.optim.min_lr_ratio
+    done = (step - warmup) / max(config.max_steps - warmup, 1)
+    return last + (1 - last) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
 
 def _wsd_factor(step: int, config: RunConfig) -> float:
-    """Warmup-stable-decay (arXiv 2404.06395): linear up from 0, level, then linear down to the last share."""
-    warmup, decay, last = config.optim.warmup_steps, config.wsd_decay_steps, config.optim.min_lr_ratio
-    if step < warmup:
-        return step / warmup
+    """Warmup-stable-decay (arXiv 2404.06395): level, then linear down to the last share."""
+    decay, last = config.wsd_decay_steps, config.optim.min_lr_ratio
     remaining = max(config.max_steps - step, 0)
     return 1.0 if remaining >= decay else last + (1 - last) * remaining / decay

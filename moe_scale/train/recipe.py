@@ -26,7 +26,6 @@ from moe_scale.parallel.launch import Launch
 from moe_scale.settings import read_settings, to_dict, to_yaml
 from moe_scale.telemetry.quiet import quiet
 from moe_scale.train import checkpoint
-from moe_scale.train.evaluation import STOPPING
 from moe_scale.train.faults import PreemptedError
 from moe_scale.train.optim import optimizer_problems
 from moe_scale.train.task import Task
@@ -261,14 +260,9 @@ def _resume(job: Job) -> tuple[Path | None, list[Problem], tuple[str, ...]]:
     path, index = intact[0]
     remarks = tuple(f"a damaged checkpoint is passed over: {error}" for error in damaged)
     problems = checkpoint.structure_problems(path, index, to_dict(config))
-    if index.step >= config.max_steps:
+    if index.step > config.max_steps:
         what = f"{config.max_steps}, but {path.name} is already there"
-        problems.append(here("max_steps", what, f"choose more than {index.step}"))
-    kept, stopping = index.scores.get(STOPPING), config.early_stopping
-    if stopping.metric and kept and kept["metric"] == stopping.metric and kept["stale"] >= stopping.patience:
-        what = f"{stopping.patience}, and {path.name} is where {stopping.metric} ended the run by it"
-        instead = f"choose more than {kept['stale']}, or early_stopping.metric '' to go on without"
-        problems.append(here("early_stopping.patience", what, instead))
+        problems.append(here("max_steps", what, f"choose {index.step}, or more to train on"))
     return path, problems, (*remarks, *checkpoint.changed_settings(index, to_dict(config)))
 
 

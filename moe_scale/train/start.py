@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch.distributed as dist
@@ -22,8 +22,43 @@ from moe_scale.telemetry.rank_log import RankLog
 from moe_scale.telemetry.records import keep_earlier_metrics
 from moe_scale.telemetry.sinks import MetricsLogger
 from moe_scale.train import checkpoint
+from moe_scale.train.evaluation import RESTORED
+from moe_scale.train.finished import has_all_steps, how_finished, remove_mark
+from moe_scale.train.lock import alone_in
 from moe_scale.train.preflight import Preflight
 from moe_scale.train.recipe import Job
+
+
+@contextmanager
+def own_folder(job: Job) -> Iterator[None]:
+    """Keep other starts out of the run's folder, and tidy what runs that were killed left in it. All ranks together;
+    rank 0 holds the lock for all of them.
+
+    Raises:
+        ConfigError: on all ranks, if another start has the folder.
+    """
+    with ExitStack() as held:
+        with stopping_together():
+            if job.launch.is_main:
+                held.enter_context(alone_in(job.run_dir, "another start", "wait for its end, or choose another folder"))
+                try:
+                    folders.sweep(job.run_dir)
+                except OSError as error:
+                    raise ConfigError(_cannot_be_written(job, error)) from None
+        yield
+
+
+def _cannot_be_written(job: Job, error: OSError) -> Problem:
+    return Problem("output_dir", f"{job.run_dir} cannot be written: {error.strerror}")
+
+
+def tell_if_finished(job: Job, resumed: tuple[Path, Index] | None) -> bool:
+    """Whether nothing is left to do for a run that continues from this checkpoint; rank 0 then says so."""
+    told = [how_finished(job.config, job.run_dir, resumed[1]) if resumed and job.launch.is_main else ""]
+    dist.broadcast_object_list(told)
+    if told[0] and job.launch.is_main:
+        print(told[0], flush=True)
+    return bool(told[0])
 
 
 def agree_on_checkpoint(job: Job) -> tuple[Path, Index] | None:
@@ -34,7 +69,7 @@ def agree_on_checkpoint(job: Job) -> tuple[Path, Index] | None:
     Raises:
         ConfigError: if the ranks find different ones, or none is intact.
     """
-    found = checkpoint.candidates(job.run_dir)[0] if job.resume_from else []
+    found = checkpoint.candidates(job.run_dir)[0] if job.config.resume != "never" else []
     _require_same_everywhere(job, [path for path, _ in found])
     damaged: list[Problem] = []
     for path, index in found:
@@ -105,7 +140,7 @@ def open_logger(job: Job, found: Preflight, resumed_at: int | None) -> MetricsLo
     with stopping_together():
         if job.launch.is_main:
             try:
-                folders.sweep(job.run_dir)
+                remove_mark(job.run_dir)
                 if resumed_at is None:
                     keep_earlier_metrics(job.run_dir)
                 snapshot(
@@ -118,7 +153,7 @@ def open_logger(job: Job, found: Preflight, resumed_at: int | None) -> MetricsLo
                 )
                 job.task.keep_beside(job.run_dir)
             except OSError as error:
-                raise ConfigError(Problem("output_dir", f"{job.run_dir} cannot be written: {error.strerror}")) from None
+                raise ConfigError(_cannot_be_written(job, error)) from None
     logger = MetricsLogger(
         job.run_dir,
         job.config.telemetry,
@@ -127,7 +162,8 @@ def open_logger(job: Job, found: Preflight, resumed_at: int | None) -> MetricsLo
         enabled=job.launch.is_main,
         layers=job.task.sparse_layers,
     )
-    logger.truncate_after(-1 if resumed_at is None else resumed_at)
+    # What an earlier start said of its end does not hold for this one.
+    logger.truncate_after(-1 if resumed_at is None else resumed_at, without=RESTORED)
     return logger
 
 
@@ -225,5 +261,7 @@ def _announce(job: Job, progress: Progress, resumed: tuple[Path, Index] | None) 
         path, index = resumed
         layout = ", ".join(f"{name} {value}" for name, value in index.layout.items())
         progress.message(f"continuing from {path} ({layout})")
+        if has_all_steps(config, index):
+            progress.message("its last step is done; what is left is the end of the run")
     elif job.device.is_cpu and plan.precision == "fp32" and devices.has_fast_bf16_cpu():
         progress.message("this CPU multiplies bf16 about 6 times faster than fp32: enable bf16 in the DeepSpeed JSON")

@@ -91,4 +91,5 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def summarize(self, engine: Any, scores: dict[str, Any], run_dir: Path) -> list[tuple[str, str]]:
-        """Lines (label, text) for the end of the run; all ranks together."""
+        """Lines (label, text) for the end of the run; all ranks together. Its files are written by rank 0 with
+        :func:`moe_scale.train.finished.write_files`, whose lines are among them."""

@@ -27,6 +27,7 @@ from moe_scale.models.seq2seq import PAD_ID, Seq2Seq, Seq2SeqOutput
 from moe_scale.models.seq2seq_counts import num_active_params, num_params, training_flops
 from moe_scale.parallel import device
 from moe_scale.parallel.groups import ParallelGroups
+from moe_scale.train.finished import write_files
 from moe_scale.train.task import Task
 
 
@@ -178,10 +179,12 @@ class TranslationTask(Task):
                 f"{signatures()['bleu']}; beam {config.eval.beam_size}, greedy, and for comparison {others_are}",
             ),
         ]
+        columns = {"beam": beam_scores, "greedy": greedy_scores, "copied": copied}
+        columns |= {"nearest": nearest} if nearest else {}
+        lines.append(("", " | ".join(f"{name:>7}" for name in columns) + " | chrF of beam"))
         for direction, best in beam_scores.items():
-            others = [greedy_scores[direction], copied[direction]] + ([nearest[direction]] if nearest else [])
-            bleu = " | ".join(f"{score.bleu:5.1f}" for score in (best, *others))
-            lines.append((f"  {direction}", f"{bleu}   chrF {best.chrf:.1f}, {best.sentences:,} sentences"))
+            bleu = " | ".join(f"{scores[direction].bleu:7.1f}" for scores in columns.values())
+            lines.append((f"  {direction}", f"{bleu} | {best.chrf:.1f}, {best.sentences:,} sentences"))
         return [*lines, *self._examples(test, by_beam), *not_written]
 
     def _baselines(
@@ -222,7 +225,7 @@ class TranslationTask(Task):
         """Write ``test_scores.json``, and ``test_translations.jsonl`` with every test sentence.
 
         Returns:
-            a line for the summary where that failed: a full disk is no reason to lose the other lines as well.
+            a line for the summary where that failed.
         """
         record = {
             "signatures": signatures(),
@@ -234,15 +237,17 @@ class TranslationTask(Task):
                 if scores is not None
             },
         }
-        try:
-            (run_dir / "test_scores.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-            with (run_dir / "test_translations.jsonl").open("w", encoding="utf-8") as file:
-                for number in sorted(by_beam):
-                    texts = {**test.text(number)._asdict(), "beam": by_beam[number], "greedy": by_greedy[number]}
-                    file.write(json.dumps(texts, ensure_ascii=False) + "\n")
-        except OSError as error:
-            return [("not written", f"test scores and translations in {run_dir}: {error.strerror}")]
-        return []
+        lines = []
+        for number in sorted(by_beam):
+            texts = {**test.text(number)._asdict(), "beam": by_beam[number], "greedy": by_greedy[number]}
+            lines.append(json.dumps(texts, ensure_ascii=False) + "\n")
+        return write_files(
+            run_dir,
+            {
+                "test_scores.json": json.dumps(record, indent=2).encode() + b"\n",
+                "test_translations.jsonl": "".join(lines).encode(),
+            },
+        )
 
     def _examples(self, test: PairSplit, translations: dict[int, str]) -> list[tuple[str, str]]:
         """One translation a direction, of up to three: the sentence of middle length."""

@@ -406,7 +406,7 @@ def main() -> None:
     torch.set_num_threads(1)
     world_size = dist.get_world_size()
     into = Differences()
-    for ep_size in (size for size in (1, 2, 4) if size <= world_size):
+    for ep_size in {2: (1, 2), 4: (2, 4)}[world_size]:  # alone, four ranks do what two do
         groups = zero.make_groups(ep_size)
         for _ in checks(groups, into):
             pass

@@ -30,7 +30,10 @@ from recipes.lm_16l import RECIPE
 
 
 class FaultyTask(LanguageModelTask):
-    """The task of ``lm_16l`` with faults: ``{"what": ..., "step": ..., "rank": ..., "micro_step": 0}`` each, once."""
+    """The task of ``lm_16l`` with faults: ``{"what": ..., "step": ..., "rank": ..., "micro_step": 0}`` each, once.
+
+    At the step ``summary`` a run ends as one that is killed when nothing but its end is left.
+    """
 
     faults: list[dict[str, Any]]
     seen_step = micro_step = 0
@@ -49,6 +52,11 @@ class FaultyTask(LanguageModelTask):
             if "loss" in fault:
                 output = output._replace(loss=output.loss * float(fault["loss"]))
         return output
+
+    def summarize(self, *of_the_run: Any) -> list[tuple[str, str]]:
+        if any(fault.get("step") == "summary" for fault in self.faults):
+            raise StoppedError("killed")  # on all ranks at once: the runs of this process go on
+        return super().summarize(*of_the_run)
 
     def _before(self, fault: dict[str, Any], engine: Any) -> None:
         if "signal" in fault:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -58,7 +59,8 @@ QUICK = ("zero0-bf16", "zero1-8bit", "zero2-fp32", "zero3-fp32", "ep2-8bit", "si
 @pytest.mark.parametrize("names", [QUICK, pytest.param(None, marks=pytest.mark.long)], ids=["some", "the rest"])
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(names: tuple[str, ...] | None, runs: Runs) -> None:
+def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(names: tuple[str, ...] | None, quick: Runs) -> None:
+    runs = quick
     cases = {name: how for name, how in same_ranks_cases().items() if (name in QUICK) == (names is not None)}
     assert len(cases) == (8 if names else 12)
     argvs = {name: [*resumable(runs, name, 2, **dict(how)), "--max_steps", "6"] for name, how in cases.items()}
@@ -101,25 +103,28 @@ SOME_LAYOUTS = (
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_one_checkpoint_opens_anywhere(some: bool, quick: Runs) -> None:
-    """Saved at 4 ranks, ep_size 2, ZeRO-3; the next ten steps anywhere else are those of the uninterrupted run."""
-    spread, whole = ("--moe.ep_size", "2", "--checkpoint.every", str(HALF)), f"whole-{some}"
-    quick.run(4, {whole: resumable(quick, whole, 4, stage=3, extra=spread)})
-    expected = quick.curve(whole)
-    assert len(expected) == STEPS
+    """Saved at 4 ranks, ep_size 2, ZeRO-3; the next steps anywhere else are those of the uninterrupted run."""
+    half, steps = (5, 10) if some else (HALF, STEPS)
+    length, whole = ("--max_steps", str(steps)), f"whole-{some}"
+    spread = ("--moe.ep_size", "2", "--checkpoint.every", str(half))
     cases = {key: how for key, how in other_layouts().items() if (key[1] in SOME_LAYOUTS) == some}
     assert len(cases) == (5 if some else 32)
-    for _, name in cases:
-        start_from(quick.folder / whole, HALF, quick.folder / name)
+    begun = quick.folder / whole / "checkpoints" / f"step_{half:08d}"
+    copies = [[str(begun), str(quick.folder / name / "checkpoints" / begun.name)] for _, name in cases]
+    first: dict[str, Any] = {
+        whole: [*resumable(quick, whole, 4, stage=3, extra=spread), *length], "copies": {"copy": copies}
+    }  # fmt: skip
     for world_size in (4, 2, 1):
         argvs = {
-            name: [*resumable(quick, name, world_size, **dict(how)), "--resume", "must"]
+            name: [*resumable(quick, name, world_size, **dict(how)), "--resume", "must", *length]
             for (ranks, name), how in cases.items()
             if ranks == world_size
         }
-        if argvs:
-            quick.run(world_size, argvs)
-    curves = {name: quick.curve(name)[HALF:] for _, name in cases}
-    assert_same(curves, expected[HALF:])
+        quick.run(world_size, first | argvs)
+        first = {}
+    expected = quick.curve(whole)
+    assert len(expected) == steps
+    assert_same({name: quick.curve(name) for _, name in cases}, expected[half:])
 
 
 def largest_difference(mine: Curve, other: Curve) -> float:

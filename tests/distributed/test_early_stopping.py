@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from moe_scale.checkpoint.index import read_index
 from moe_scale.errors import ConfigError
+from moe_scale.train.finished import MARK, read_mark
 from moe_scale.train.recipe import prepare_job
 from recipes.lm_16l import RECIPE
 from tests.curves import CharacterRuns
@@ -26,15 +29,21 @@ def scores_of(run: Path) -> dict[int, float]:
     return {record["step"]: record["eval/loss"] for record in records if "eval/loss" in record}
 
 
+def train(runs: CharacterRuns, cases: list[list[str]]) -> str:
+    """Run the command lines in one start of two ranks. Returns what rank 0 printed."""
+    listed = runs.folder / "cases.json"
+    listed.write_text(json.dumps(cases))
+    return run_ranks(2, [str(REPO / "tests" / "distributed" / "train_cases.py"), str(listed)])
+
+
 def test_all_ranks_stop_together_and_a_resumed_run_where_the_whole_one_does(tmp_path: Path) -> None:
     runs = CharacterRuns(tmp_path)
 
     def argv(name: str, *extra: str) -> list[str]:
         return runs.argv(name, 2, stage=3, extra=(*FLAGS, *extra))
 
-    cases = [argv("whole"), argv("cut", "--max_steps", "4"), argv("cut", "--resume", "must")]
-    (tmp_path / "cases.json").write_text(json.dumps(cases))
-    printed = run_ranks(2, [str(REPO / "tests" / "distributed" / "train_cases.py"), str(tmp_path / "cases.json")])
+    often = ("--checkpoint.every", "3", "--checkpoint.keep_last", "0")
+    printed = train(runs, [argv("whole", *often), argv("cut", "--max_steps", "4"), argv("cut", "--resume", "must")])
 
     scores = scores_of(tmp_path / "whole")
     assert list(scores) == [2, 4, 6]
@@ -52,12 +61,47 @@ def test_all_ranks_stop_together_and_a_resumed_run_where_the_whole_one_does(tmp_
     assert printed.count(ended + f"the weights are those of step {best}, the best, with {scores[best]:.4f}") == 2
     assert f"held-out loss    {scores[best]:.4f}" in printed, "the summary speaks of the weights that were restored"
 
-    # Where a run has stopped by itself, going on takes other settings.
+    assert read_mark(tmp_path / "whole") == read_mark(tmp_path / "cut")
+    assert "cut is finished" not in printed, "at step 4 it was, and went on"
+    go_on_where_runs_have_ended(runs, argv)
+
+
+def go_on_where_runs_have_ended(runs: CharacterRuns, argv: Callable[..., list[str]]) -> None:
+    """A stopped run does what is left of its end, and where nothing is left says so; other settings make it go on."""
+    whole, kept = runs.folder / "whole", runs.folder / "cut"
+    mark, metrics = (kept / MARK).read_bytes(), (kept / "metrics.jsonl").read_bytes()
+    (kept / MARK).unlink()  # as if killed before it was written, once the best weights were restored
+    # Saved in the middle of a longer run, and so never evaluated there.
+    short = runs.folder / "short" / "checkpoints"
+    shutil.copytree(whole / "checkpoints" / "step_00000003", short / "step_00000003")
+    before = {path: path.lstat().st_mtime_ns for path in whole.rglob("*")}
+    cases = [
+        [*argv("cut"), "--resume", "must"],
+        [*argv("whole"), "--resume", "must"],
+        [*argv("short"), "--max_steps", "3", "--resume", "auto"],
+        [*argv("cut"), "--resume", "auto", "--early_stopping.patience", "3", "--max_steps", "7"],
+    ]
+    printed = train(runs, cases)
+    assert {path: path.lstat().st_mtime_ns for path in whole.rglob("*")} == before
+    assert f"{whole} is finished: early stopping ended it at step 6; a larger early_stopping.patience" in printed
+    assert printed.count("its last step is done; what is left is the end of the run") == 2
+    last = json.loads((short.parent / "metrics.jsonl").read_text().splitlines()[-1])
+    assert (last["step"], last["eval/restored_step"]) == (3, 3), "evaluated, and the best so far"
+    assert (short / "best").resolve().name == "step_00000003"
+    assert sorted(path.name for path in short.iterdir()) == ["best", "latest", "step_00000003"]
+    assert read_mark(short.parent).step == 3  # type: ignore[union-attr]
+    # The case that ended a second time left what the first end had; the last one has gone on from there.
+    lines = (kept / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    without = [line for line in metrics.splitlines(keepends=True) if b"restored" not in line]
+    assert lines[: len(without)] == without
+    assert json.loads(lines[-1])["step"] == 7
+    assert (kept / MARK).read_bytes() != mark
+    assert read_mark(kept).step == 7  # type: ignore[union-attr]
     with pytest.raises(ConfigError) as refused:
-        prepare_job(RECIPE, [*argv("whole"), "--resume", "must"])
-    assert [p.where for p in refused.value.problems] == ["early_stopping.patience"]
-    for change in (["--early_stopping.patience", "3"], ["--early_stopping.metric", ""]):
-        assert prepare_job(RECIPE, [*argv("whole"), "--resume", "must", *change]).resume_from is not None
+        prepare_job(RECIPE, [*argv("cut"), "--resume", "must", "--max_steps", "6"])
+    assert [str(p) for p in refused.value.problems] == [
+        "max_steps: 6, but step_00000007 is already there; choose 7, or more to train on"
+    ]
 
 
 def test_a_score_that_the_recipe_does_not_have(tmp_path: Path) -> None:

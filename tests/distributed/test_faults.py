@@ -12,6 +12,7 @@ import pytest
 
 from moe_scale.parallel import device as devices
 from moe_scale.train.faults import EXIT_PREEMPTED
+from moe_scale.train.finished import read_mark
 from tests.curves import CharacterRuns, Runs
 from tests.distributed.faulty import WORKER, Case, case, run_cases
 from tests.ranks import Ranks
@@ -151,12 +152,13 @@ def test_runs_that_are_beyond_help_and_runs_that_are_not(runs: Runs) -> None:
 
 def test_preempted_runs_continue_to_the_bit(runs: Runs) -> None:
     """Signals that a rank gets while it computes, and a deadline; then the rest of the run."""
-    spread = (*EP2, "--max_steps", "10")
+    spread = (*EP2, "--max_steps", "6")
     signals = {
-        "term": {"step": 4, "rank": 1, "signal": "SIGTERM"},
-        "usr1": {"step": 7, "rank": 0, "signal": "SIGUSR1"},
-        "repeated": {"step": 7, "signal": "SIGTERM"},  # on both ranks: still one request
-        "at-the-end": {"step": 10, "rank": 0, "signal": "SIGTERM"},
+        "term": {"step": 2, "rank": 1, "signal": "SIGTERM"},
+        "usr1": {"step": 4, "rank": 0, "signal": "SIGUSR1"},
+        "repeated": {"step": 4, "signal": "SIGTERM"},  # on both ranks: still one request
+        "at-the-end": {"step": 6, "rank": 0, "signal": "SIGTERM"},
+        "killed": {"step": "summary"},
     }
     argvs = {name: runs.argv(name, 2, stage=3, extra=spread) for name in ("whole", "deadline", *signals)}
     cases = {name: case(argvs[name], *([signals[name]] if name in signals else [])) for name in argvs}
@@ -165,17 +167,24 @@ def test_preempted_runs_continue_to_the_bit(runs: Runs) -> None:
     stopped = {name: both[0]["outcome"] for name, both in ends.items()}
     assert stopped.pop("whole") == stopped.pop("at-the-end") == "", "a run that is at its end needs no second start"
     assert stopped.pop("deadline").startswith("PreemptedError: ")
+    assert stopped.pop("killed") == "StoppedError: killed"
+    assert [read_mark(runs.folder / name) for name in ("killed", "term")] == [None, None]
     expected = "PreemptedError: stopped and saved after step {}; --resume auto continues"
     assert stopped == {name: expected.format(signals[name]["step"]) for name in ("term", "usr1", "repeated")}
-    assert 1 <= len(runs.curve("deadline")) < 10
+    assert 1 <= len(runs.curve("deadline")) < 6
 
-    again = {name: case([*argvs[name], "--resume", "auto"]) for name in (*stopped, "deadline")}
-    ends, _ = run_cases(runs, again, "again")
+    again = {name: case([*argvs[name], "--resume", "auto"]) for name in (*stopped, "deadline", "killed", "whole")}
+    ends, printed = run_cases(runs, again, "again")
     assert all(end["outcome"] == "" for both in ends.values() for end in both)
     whole = runs.curve("whole")
-    assert len(whole) == 10
+    assert len(whole) == 6
     for name in argvs:
         assert runs.curve(name) == whole, name
+        assert read_mark(runs.folder / name) == read_mark(runs.folder / "whole"), name
+        assert len(records(runs, name)) == len(records(runs, "whole")), name
+    assert printed.count("its last step is done; what is left is the end of the run") == 1
+    assert f"{runs.folder / 'whole'} is finished, at step 6; a larger max_steps trains on" in printed.splitlines()
+    assert not (runs.folder / "whole" / "run.1.json").exists(), "a start of a finished run changes nothing"
 
 
 def test_a_hang_ends_by_a_list_of_where_all_are(runs: Runs) -> None:

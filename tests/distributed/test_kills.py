@@ -9,16 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.curves import Curve, Runs
+from tests.curves import CharacterRuns, Curve, Runs
 from tests.ranks import REPO, Ranks
 
 pytestmark = pytest.mark.slow
 RECIPE = str(REPO / "recipes" / "lm_16l.py")
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    return Runs(tmp_path_factory.mktemp("kills"))
 
 
 def start(runs: Runs, name: str, steps: int) -> Ranks:
@@ -89,11 +84,12 @@ def kill_many_times(runs: Runs, kills: int, steps: int, longest_wait: float, see
     assert not list(run_dir.glob("checkpoints/.step_*")), "what was cut off is swept away"
 
 
-def test_two_kills(runs: Runs) -> None:
-    kill_many_times(runs, kills=2, steps=15, longest_wait=1.0, seed=1)
+def test_two_kills(tmp_path: Path) -> None:
+    kill_many_times(CharacterRuns(tmp_path), kills=2, steps=15, longest_wait=0.5, seed=1)
 
 
 @pytest.mark.long
 @pytest.mark.timeout(3600)
-def test_twenty_kills(runs: Runs) -> None:
-    kill_many_times(runs, kills=20, steps=150, longest_wait=3.0, seed=2)
+def test_twenty_kills(tmp_path: Path) -> None:
+    """Of a model whose checkpoints take long enough to be met while they are written."""
+    kill_many_times(Runs(tmp_path), kills=20, steps=150, longest_wait=3.0, seed=2)

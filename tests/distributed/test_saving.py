@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from moe_scale.checkpoint.index import read_index, verify
-from tests.curves import Runs
+from moe_scale.train.lock import alone_in
+from tests.curves import CharacterRuns, Runs
 from tests.distributed.faulty import case, run_cases
 
 pytestmark = pytest.mark.slow
@@ -41,7 +43,8 @@ def damage(checkpoint: Path) -> None:
     path.write_bytes(content)
 
 
-def test_which_checkpoints_stay_and_which_are_taken_up(runs: Runs) -> None:
+def test_which_checkpoints_stay_and_which_are_taken_up(tmp_path: Path) -> None:
+    runs = CharacterRuns(tmp_path)
     keep = ("--checkpoint.every", "2", "--checkpoint.keep_last", "2", "--checkpoint.keep_every", "4")
     best = ("--checkpoint.save_best", "eval/loss", "--eval.every", "3", "--checkpoint.background", "false")
     whole = argv(runs, "whole", "--max_steps", "10")
@@ -82,9 +85,19 @@ def test_which_checkpoints_stay_and_which_are_taken_up(runs: Runs) -> None:
         "all": case([*argv(runs, "all", "--max_steps", "10"), "--resume", "auto"]),
         "again": case([*argv(runs, "all", "--max_steps", "10"), "--resume", "auto"]),
         "model": case([*argv(runs, "model", "--max_steps", "10"), "--resume", "auto", "--model.d_model", "64"]),
+        "held": case(argv(runs, "held")),
     }
-    ends, printed = run_cases(runs, cases, "taken_up")
+    held = runs.folder / "held"
+    with alone_in(held, "nobody"):
+        ends, printed = run_cases(runs, cases, "taken_up")
+        assert os.listdir(held) == [".lock"]
     outcomes = {name: both[0]["outcome"] for name, both in ends.items()}
+    this = f"process {os.getpid()} on host {socket.gethostname()}, since "
+    assert outcomes["held"].startswith(
+        f"ConfigError: output_dir: {runs.folder}/held is in use by another start, {this}"
+    )
+    assert outcomes["held"].endswith("; wait for its end, or choose another folder")
+    assert not list(runs.folder.glob("*/.lock")), "who ends gives the folder back"
     assert all(both[0] == both[1] for both in ends.values())
     assert outcomes["auto"] == ""
     assert runs.curve("auto") == curve
@@ -152,3 +165,6 @@ def test_a_full_disk_costs_checkpoints_and_not_the_run(runs: Runs) -> None:
         assert outcomes["at the end"].startswith("NotSavedError: step 6 was not saved: rank ")
         assert "No space left on device" in outcomes["at the end"]
         assert len(outcomes["at the end"].splitlines()) == 1
+        ended = printed.rpartition("warning: step_00000006 was not saved")[2]
+        assert "held-out loss " in ended, "what the run was for is told all the same"
+        assert not (disk / "end" / "finished.json").exists()

@@ -82,6 +82,13 @@ def test_scale_from_yaml_and_command_line(scale: Scale, tmp_path: Path) -> None:
     assert read(f"--scale={scale}", yaml_text="scale: 1gpu", folder=tmp_path).config == by_flag.config
 
 
+def test_a_list_without_values_empties_what_was_given_before(tmp_path: Path) -> None:
+    name = "--deepspeed_override"
+    text = "deepspeed_override: [a=1]"
+    assert read(name, "b=2", name, yaml_text=text, folder=tmp_path).config.deepspeed_override == ()
+    assert read(name, "b=2", name, name, "c=3", yaml_text=text, folder=tmp_path).config.deepspeed_override == ("c=3",)
+
+
 def test_the_last_of_a_repeated_flag_counts_and_lists_add_up() -> None:
     result = read(
         "--max_steps", "300", "--deepspeed_override", "a=1", "b=2", "--max_steps=400", "--deepspeed_override", "c=3"

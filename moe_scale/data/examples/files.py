@@ -9,9 +9,10 @@ import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any, NoReturn, TextIO, cast
 
 from moe_scale.config import ExampleDataConfig
+from moe_scale.data.lines import MARK_BYTES, how_to_convert, numbered
 from moe_scale.data.report import SkipReport
 from moe_scale.errors import ConfigError, Problem
 
@@ -81,7 +82,7 @@ def read_records(path: Path, report: SkipReport) -> Iterator[tuple[str, Record]]
             yield from _json_lines(path, file, report) if kind == "jsonl" else _table(path, file, kind, report)
     except UnicodeDecodeError as error:
         what = f"{path.name} is not UTF-8 ({error.reason})"
-        raise ConfigError(Problem(str(path), what, "convert it with iconv", True)) from error
+        raise ConfigError(Problem(str(path), what, how_to_convert(_start(path), path.name), True)) from error
     except (OSError, EOFError, zlib.error, csv.Error) as error:
         raise ConfigError(Problem(str(path), f"{path.name} cannot be read ({error})", "", True)) from error
 
@@ -89,6 +90,11 @@ def read_records(path: Path, report: SkipReport) -> Iterator[tuple[str, Record]]
 def _open(path: Path) -> TextIO:
     how: dict[str, Any] = {"encoding": "utf-8-sig", "newline": ""}  # csv wants the ends of lines as they are
     return cast(TextIO, gzip.open(path, "rt", **how)) if path.name.lower().endswith(".gz") else path.open(**how)
+
+
+def _start(path: Path) -> bytes:
+    with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as file:
+        return file.read(MARK_BYTES)
 
 
 def _table(path: Path, file: TextIO, kind: str | None, report: SkipReport) -> Iterator[tuple[str, Record]]:
@@ -107,7 +113,10 @@ def _table(path: Path, file: TextIO, kind: str | None, report: SkipReport) -> It
 
 
 def _json_lines(path: Path, file: TextIO, report: SkipReport) -> Iterator[tuple[str, Record]]:
-    for number, line in enumerate(file, start=1):
+    def refuse(why: str) -> NoReturn:
+        raise ConfigError(Problem(str(path), f"{path.name}: {why}", "give the whole file", True))
+
+    for number, line in numbered(file, refuse):
         where = f"{path.name}, line {number}"
         if not line.strip():
             report.skip("empty line", where)

@@ -13,10 +13,12 @@ import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, cast
 
 from moe_scale.config import PairDataConfig
+from moe_scale.data.lines import MARK_BYTES, how_to_convert, marked_encoding, numbered
 from moe_scale.data.pairs.report import PairReport
 from moe_scale.errors import ConfigError, Problem
 
@@ -31,6 +33,9 @@ Texts = dict[str, str | None]
 
 Languages = frozenset[str]
 
+LOST = "file whose rest is lost"
+"""Why no more of its records are read; how many there were nobody knows."""
+
 _CODES = (
     "aa ab ae af ak am an ar as av ay az ba be bg bi bm bn bo br bs ca ce ch co cr cs cu cv cy da de dv dz ee el "
     "en eo es et eu fa ff fi fj fo fr fy ga gd gl gn gu gv ha he hi ho hr ht hu hy hz ia id ie ig ii ik io is it "
@@ -43,7 +48,6 @@ ISO_639_1 = frozenset(_CODES.split())
 """Codes that a suffix or a JSON field is recognised by where ``data.pairs`` names none."""
 
 _LANGUAGE = re.compile(r"[a-z]{2,3}")
-_UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,7 @@ def read_file(file: PairFile, languages: Languages | None, report: PairReport) -
         languages: those wanted, None for all.
 
     Raises:
-        ConfigError: at ``data.source``, for UTF-16, and for parallel files of unequal numbers of lines.
+        ConfigError: at ``data.source``, for UTF-16 and UTF-32, and for parallel files of unequal numbers of lines.
     """
     try:
         if file.kind == "text":
@@ -120,8 +124,8 @@ def read_file(file: PairFile, languages: Languages | None, report: PairReport) -
             yield from _read_table(file, report)
         else:
             yield from _read_json_lines(file, languages, report)
-    except (OSError, EOFError, zlib.error) as error:  # unreadable, or a gzip that is cut off or damaged
-        report.skip("rest of a file that cannot be read", file.name, str(error))
+    except (OSError, EOFError, zlib.error) as error:  # not even its first bytes
+        report.skip("file that cannot be read", file.name, str(error))
 
 
 def require_equal_lines(file: PairFile) -> None:
@@ -187,7 +191,7 @@ def _header(path: Path) -> tuple[tuple[str, ...], Problem | None]:
 
 def _read_table(file: PairFile, report: PairReport) -> Iterator[tuple[str, Texts]]:
     with _open(file.paths[0]) as lines:
-        for number, line in enumerate(lines, start=1):
+        for number, line in numbered(lines, partial(report.skip, LOST, file.name)):
             where = f"{file.name}, line {number}"
             if number == 1:
                 continue
@@ -223,7 +227,7 @@ def _read_text(file: PairFile, languages: Languages | None, report: PairReport) 
 
 def _read_json_lines(file: PairFile, languages: Languages | None, report: PairReport) -> Iterator[tuple[str, Texts]]:
     with _open(file.paths[0]) as lines:
-        for number, line in enumerate(lines, start=1):
+        for number, line in numbered(lines, partial(report.skip, LOST, file.name)):
             where = f"{file.name}, line {number}"
             text = _decoded(line, number, where, report)
             if text is None:
@@ -254,17 +258,17 @@ def _texts(record: dict[str, Any], languages: Languages | None, fields: Language
 
 
 def _open(path: Path) -> IO[bytes]:
-    """The lines of a file as bytes; refuses UTF-16, of which no line could be read."""
+    """The lines of a file as bytes; refuses UTF-16 and UTF-32, of which no line could be read."""
     opened = cast(IO[bytes], gzip.open(path)) if path.name.lower().endswith(".gz") else path.open("rb")  # noqa: SIM115
     try:
-        start = opened.read(2)
+        start = opened.read(MARK_BYTES)
         opened.seek(0)
     except BaseException:
         opened.close()
         raise
-    if start in _UTF16:
+    if marked_encoding(start):
         opened.close()
-        raise ConfigError(_problem(f"{path} is UTF-16", f"convert it: iconv -f UTF-16 -t UTF-8 {path.name}"))
+        raise ConfigError(_problem(f"{path} is not UTF-8", how_to_convert(start, path.name)))
     return opened
 
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from moe_scale.config import PairDataConfig
+from moe_scale.config.translation import is_direction
 from moe_scale.data.pairs import files, hub, sample
 from moe_scale.data.pairs.hub import OPUS_BOOKS, OPUS_BOOKS_PAIRS
 from moe_scale.data.pairs.report import Pair, PairReport
@@ -41,10 +43,13 @@ def check_pair_source(config: PairDataConfig) -> list[Problem]:
     Returns:
         Every problem found, at ``data.source`` or ``data.pairs``; those of files are marked as this host's.
     """
+    # Names that are none are told of by the settings: what they would give here is no news.
+    pairs = tuple(filter(is_direction, config.pairs))
     if config.source == SAMPLE:
-        return _sample_problems(config.pairs)
+        return _sample_problems(pairs)
     if config.source == OPUS_BOOKS:
-        return hub.opus_books_problems(config.pairs)
+        return hub.opus_books_problems(pairs) if pairs or not config.pairs else []
+    config = replace(config, pairs=pairs)
     try:
         found, _ = files.find_files(config)
     except ConfigError as error:

@@ -76,13 +76,25 @@ def test_what_pruning_leaves(
     assert names(tmp_path) == {"latest", *(folders.name_of(step) for step in stay)}
 
 
-def test_the_same_step_twice_keeps_both(tmp_path: Path) -> None:
+def test_the_same_step_again_takes_the_place_of_the_first(tmp_path: Path) -> None:
     for content in ("first", "second", "third"):
         folder = save(tmp_path, 5, content)
-    assert (folder / INDEX).read_text() == "third"
-    assert (folder.with_name(f"{folder.name}.replaced-1") / INDEX).read_text() == "first"
-    assert (folder.with_name(f"{folder.name}.replaced-2") / INDEX).read_text() == "second"
-    assert steps(tmp_path) == [5]
+        assert (folder / INDEX).read_text() == content
+    assert names(tmp_path) == {"latest", folder.name}
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_what_was_being_replaced_when_the_run_was_killed(named: bool, tmp_path: Path) -> None:
+    """After the second rename nobody wants the old one; between the two it is all that there is."""
+    folder = save(tmp_path, 5, "newest" if named else "newer")
+    for number, content in ((9, "old"), (10, "newer")):
+        (folder.with_name(f"{folder.name}.replaced-{number}")).mkdir()
+        (folder.with_name(f"{folder.name}.replaced-{number}") / INDEX).write_text(content)
+    if not named:
+        folder.rename(folders.partial_of(folder))
+    folders.sweep(tmp_path)
+    assert names(tmp_path) == {"latest", folder.name}
+    assert (folder / INDEX).read_text() == ("newest" if named else "newer")
 
 
 def test_what_was_cut_off_is_begun_anew_and_swept_away(tmp_path: Path) -> None:

@@ -95,6 +95,21 @@ def test_corrupt_records_are_counted_with_file_and_line(tmp_path: Path) -> None:
     assert "14 records skipped" in str(report)
 
 
+def test_files_that_are_cut_off_or_in_another_encoding_are_told_of_as_that(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "whole"}\n' * 10_000)[:-40])
+    (tmp_path / "b.jsonl").write_bytes('{"text": "x"}\n{"text": "y"}\n'.encode("utf-16"))
+    (tmp_path / "c.txt").write_bytes("x".encode("utf-16"))
+    (tmp_path / "d.txt").write_bytes(b"caf\xe9")
+    report = SourceReport()
+    found = len(list(read_documents(at(tmp_path), report)))
+    assert report.examples == [
+        f"a.jsonl.gz: the file is cut off after line {found:,}",
+        "b.jsonl: not UTF-8; it is UTF-16: convert it by iconv -f UTF-16 -t UTF-8 b.jsonl",
+        "c.txt: not UTF-8 at byte 0; it is UTF-16: convert it by iconv -f UTF-16 -t UTF-8 c.txt",
+        "d.txt: not UTF-8 at byte 3; convert it from its encoding, as by iconv -f WINDOWS-1252 -t UTF-8 d.txt",
+    ]
+
+
 def test_nothing_left_is_an_error_with_reasons(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"body": "x"}\n')
     with pytest.raises(ConfigError, match=r"no readable document: a\.jsonl, line 1: no field 'text', only 'body'"):

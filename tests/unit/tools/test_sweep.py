@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,12 +19,13 @@ from hypothesis import strategies as st
 
 from moe_scale import cli
 from moe_scale.errors import ConfigError
-from moe_scale.tools import sweep_plan, sweep_report, sweep_run
+from moe_scale.tools import sweep, sweep_plan, sweep_report, sweep_run
 from moe_scale.tools.sweep_effects import Observation, main_effects, repeat_spread, spearman
 from moe_scale.tools.sweep_plan import Plan, Planned
 from moe_scale.tools.sweep_plot import MAX_LINES, colours_of, plot
 from moe_scale.tools.sweep_trials import MAX_NAME, Space, Trial, make_trials, read_space, trial_name, value_of, words
 from moe_scale.tools.sweep_wandb import trial_folder, trial_settings
+from moe_scale.train.finished import Mark, write_mark
 from tests.ranks import REPO
 
 RECIPE = str(REPO / "recipes" / "lm_16l.py")
@@ -344,6 +347,8 @@ def write_run(folder: Path, name: str, losses: dict[int, float | None], *, tail:
             loss = losses[step]
             lines.append({"step": step, "tokens": 20 * step, "eval/loss": loss, "eval/bleu": 3.0, "eval/tokens": 9})
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + tail)
+    if 20 in losses:
+        write_mark(run, Mark(20, False, {"eval/loss": losses[20], "eval/bleu": 3.0}))
 
 
 def test_tokens_flops_and_seconds_of_a_run(tmp_path: Path) -> None:
@@ -362,14 +367,13 @@ def test_tokens_flops_and_seconds_of_a_run(tmp_path: Path) -> None:
 def test_a_trial_that_stopped_early_is_finished_and_has_the_score_of_its_weights(tmp_path: Path) -> None:
     (trial,) = make_trials(space("moe.top_k=1"))
     write_run(tmp_path, trial.name, {10: 1.5, 20: 2.0})
-    for restored in (False, True):
-        if restored:
-            with (tmp_path / "trials" / trial.name / "metrics.jsonl").open("a") as file:
-                file.write(
-                    '{"step": 20, "tokens": 400, "eval/loss": 1.5, "eval/bleu": 3.0, "eval/restored_step": 10}\n'
-                )
-        longer = planned(trial, max_steps=50)
-        assert sweep_report.is_finished(longer, "eval/loss", tmp_path) == restored
+    run, longer = tmp_path / "trials" / trial.name, planned(trial, max_steps=50)
+    assert not sweep_report.is_finished(longer, "eval/loss", tmp_path), "at step 20 of 50"
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 20, "tokens": 400, "eval/loss": 1.5, "eval/bleu": 3.0, "eval/restored_step": 10}\n')
+    write_mark(run, Mark(20, True, {"eval/loss": 1.5}))
+    assert sweep_report.is_finished(longer, "eval/loss", tmp_path)
+    assert not sweep_report.is_finished(longer, "eval/bleu", tmp_path), "a score that the run does not have"
     row = sweep_report.read_row(a_plan([trial], ["moe.top_k"]), longer, tmp_path)
     assert (row.state, row.score("eval/loss")) == ("finished", 1.5)
 
@@ -402,6 +406,24 @@ def swept(tmp_path: Path) -> tuple[Plan, Path]:
         "".join(line for line in metrics.read_text().splitlines(keepends=True) if '"step": 20' not in line)
     )
     return a_plan(trials, ["moe.top_k", "optim.lr"]), tmp_path
+
+
+class Unread(io.StringIO):
+    """Standard output that nobody reads."""
+
+    def write(self, text: str) -> int:
+        raise BrokenPipeError
+
+
+def test_the_files_of_a_report_are_there_whoever_reads_it(
+    swept: tuple[Plan, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, folder = swept
+    monkeypatch.setattr(sys, "stdout", Unread())
+    with pytest.raises(BrokenPipeError):
+        sweep.report(plan, folder)
+    for name in ("results.json", "sweep.md", "settings.png"):
+        assert (folder / name).stat().st_size > 1000, name
 
 
 def test_the_report_of_an_unfinished_sweep(swept: tuple[Plan, Path], capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,7 +31,11 @@ folder.mkdir(parents=True, exist_ok=True)
 starts = folder / "starts"
 starts.write_text((starts.read_text() if starts.exists() else "") + f"{time.time()} {os.getpid()}\\n")
 def end(step):
-    (folder / "metrics.jsonl").write_text(json.dumps({"step": step, "tokens": 8 * step, "eval/loss": 2.5}) + "\\n")
+    scores = {"eval/loss": 2.5}
+    (folder / "metrics.jsonl").write_text(json.dumps({"step": step, "tokens": 8 * step, **scores}) + "\\n")
+    if step == 10 and what != "decoding":
+        mark = {"step": step, "stopped_early": False, "scores": scores}
+        (folder / "finished.json").write_text(json.dumps(mark))
 def wait(until):
     deadline = time.monotonic() + 20
     while not until():
@@ -51,7 +55,11 @@ if what == "pair":
     wait(lambda: len(list(folder.parent.glob("pair-*/starts"))) == 2)
 if what == "dies":
     os.kill(os.getpid(), signal.SIGKILL)
+if what == "decoding" and len(starts.read_text().splitlines()) == 2:
+    what = "decoded"
 end(10)
+if what == "decoding":
+    os.kill(os.getpid(), signal.SIGKILL)
 sys.exit(4 if what == "late" else 0)
 """
 
@@ -125,6 +133,17 @@ def test_a_trial_that_fails_after_its_last_evaluation_is_not_done(
     assert "late: FAILED with exit code 4" in capsys.readouterr().out
     assert not sweep_run.train_trials(a_plan(recipe, "late"), tmp_path, 1, None)
     assert starts(tmp_path, "late") == 2, "it is tried again"
+
+
+def test_a_trial_that_is_killed_after_its_last_evaluation_is_not_done(recipe: str, tmp_path: Path) -> None:
+    """As while it decodes the test sentences; the sweep itself may be killed with it, and then notes no failure."""
+    (tmp_path / "trials").mkdir()
+    plan = a_plan(recipe, "decoding")
+    assert not sweep_run.train_trials(plan, tmp_path, 1, None)
+    plan.trials[0].failure(tmp_path).unlink()
+    assert not sweep_run.is_finished(plan.trials[0], plan.metric, tmp_path)
+    assert sweep_run.train_trials(plan, tmp_path, 1, None)
+    assert starts(tmp_path, "decoding") == 2
 
 
 @pytest.mark.parametrize(

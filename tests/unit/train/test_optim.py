@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from typing import Any, Literal
 
 import pytest
@@ -158,6 +160,20 @@ def test_wsd(decay_steps: int, start: int) -> None:
 
 def test_constant() -> None:
     assert rates(schedule="constant", warmup_steps=10)[10:] == pytest.approx([1.0] * 91)
+
+
+@pytest.mark.slow
+def test_a_schedule_imports_no_trainer() -> None:
+    """Seconds of every start, on every rank, where peft is installed beside transformers."""
+    code = """
+import sys, torch
+from moe_scale.config import LMConfig
+from moe_scale.train.optim import build_schedule
+build_schedule(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0), LMConfig())
+print([name for name in ("transformers.optimization", "peft", "bitsandbytes") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "[]\n", done.stderr
 
 
 # --- optimizers ------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,8 @@ def test_records_that_give_no_example_are_counted(settings: Settings, tmp_path: 
         ("a.jsonl", '{"text": "a"}\n', {}, "data.label_field", "no field 'label'; it has text"),
         ("a.csv", 'text,label\n"a,1\n', {}, "data.source", "cannot be read (unexpected end of data)"),
         ("a.csv", b"text,label\n\xff,1\n", {}, "data.source", "not UTF-8"),
-        ("a.jsonl.gz", b"no gzip", {}, "data.source", "cannot be read (Not a gzipped file"),
+        ("a.csv", "text,label\na,1\n".encode("utf-16"), {}, "data.source", "it is UTF-16: convert it by iconv"),
+        ("a.jsonl.gz", b"no gzip", {}, "data.source", "cannot be read after line 0: Not a gzipped file"),
         ("a.parquet", "", {}, "data.source", "of no supported kind"),
         ("a.csv", "text,label\na,1\n", {"features_field": "x"}, "data.source", "is a table, which holds no features"),
     ],
@@ -93,6 +95,14 @@ def test_what_is_refused(
     found = problem_of(settings(source=str(tmp_path / name), **given))
     assert found.startswith(f"{where}: ")
     assert what in found
+
+
+def test_an_archive_that_is_cut_off_is_refused_as_that(settings: Settings, tmp_path: Path) -> None:
+    whole = "".join(f'{{"text": "{n * 7919}", "label": 1}}\n' for n in range(5000)).encode()
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(whole)[:9000])
+    found = problem_of(settings(source=str(path)))
+    assert re.fullmatch(rf"{path}: a.jsonl.gz: the file is cut off after line [0-9],[0-9]+; give the whole file", found)
 
 
 def test_files_that_are_not_there(settings: Settings, tmp_path: Path) -> None:

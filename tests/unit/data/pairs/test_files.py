@@ -123,7 +123,12 @@ def test_a_cut_off_archive_gives_what_came_before(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl.gz", whole[: len(whole) // 2])
     pairs, report = read(tmp_path, "en-de")
     assert 0 < len(pairs) < 5000
-    assert report.skipped == {"rest of a file that cannot be read": 1}
+    assert report.examples == {
+        "file whose rest is lost": [f"a.jsonl.gz (the file is cut off after line {len(pairs):,})"]
+    }
+    write(tmp_path / "a.jsonl.gz", whole[: len(whole) // 2] + b"\xff" * 4000)
+    _, report = read(tmp_path, "en-de")
+    assert "a.jsonl.gz (the file cannot be read after line " in str(report)
     write(tmp_path / "a.jsonl.gz", b"no archive")
     assert "data.source" in refusal(tmp_path, "en-de")
 
@@ -159,7 +164,9 @@ def test_parallel_text_with_bad_lines(tmp_path: Path) -> None:
         ({"a.tsv": ""}, "a.tsv", (), "begins with the line ''"),
         ({"a.jsonl": ""}, "", (), "has only empty files"),
         ({"a.tsv": "en\tde\nx\ty\n"}, "", ("en-de", "de-fr"), "data.pairs: {0}/ has no de-fr; it has de-en, en-de"),
-        ({"a.tsv": "en\tde\nx\ty\n".encode("utf-16")}, "", (), "a.tsv is UTF-16; convert it: iconv -f UTF-16"),
+        ({"a.tsv": "en\tde\nx\ty\n".encode("utf-16")}, "", (), "not UTF-8; it is UTF-16: convert it by iconv"),
+        ({"a.tsv": "en\tde\nx\ty\n".encode("utf-32")}, "", (), "it is UTF-32: convert it by iconv -f UTF-32"),
+        ({"a.tsv": "en\tde\nx\ty\n"}, "", ("en-dee1", "fr-de"), "data.pairs: {0}/ has no fr-de"),
     ],
 )  # fmt: skip
 def test_a_quick_look_refuses(
@@ -180,4 +187,4 @@ def test_what_only_reading_tells_is_refused(tmp_path: Path) -> None:
     assert "data.pairs" in (message := refusal(path, "en-de", "en-fr"))
     assert "has no en-fr; it has en-de" in message
     write(path, json_lines({"en": "x", "de": "y"}).encode("utf-16"))
-    assert "a.jsonl is UTF-16" in refusal(path, "en-de")
+    assert "a.jsonl is not UTF-8; it is UTF-16: convert it by iconv" in refusal(path, "en-de")

@@ -54,6 +54,7 @@ def test_the_table_of_configurations() -> None:
     assert len(OPUS_BOOKS_LANGUAGES) == 16
     assert all(pair == "-".join(sorted(pair.split("-"))) for pair in OPUS_BOOKS_PAIRS)
     assert set(check_pair_source(config(*OPUS_BOOKS_PAIRS))) == set()
+    assert check_pair_source(config("ende", "de-de")) == [], "the settings tell of names that are none"
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ def test_accelerators_of_the_real_messages() -> None:
 
 
 def test_unknown_language_is_refused_with_those_there_are() -> None:
-    (problem,) = check_pair_source(PairDataConfig(pairs=("en-de", "en-ja")))
+    (problem,) = check_pair_source(PairDataConfig(pairs=("en-de", "en-ja", "ende", "EN-DE", "de-de")))
     assert problem.where == "data.pairs"
     assert "en-ja: the sample has no language ja" in str(problem)
     assert ", ".join(SAMPLE_LANGUAGES) in problem.allowed

@@ -99,8 +99,22 @@ def test_impossible_sizes_name_the_possible_one(kind) -> None:
 
 
 def test_files_that_are_no_vocabulary(tmp_path: Path, sample_pairs: PreparedPairs) -> None:
-    (tmp_path / "bad.model").write_bytes(b"no model")
-    for name in ("bad.model", "missing.model"):
-        with pytest.raises(ConfigError, match=f"{name}: not a vocabulary"):
+    whole = (sample_pairs.folder / "tokenizer.model").read_bytes()
+    other = subwords.train_model(SENTENCES, kind="bpe", vocab_size=320)
+    (tmp_path / "folder.model").mkdir()
+    for name, content, what in (
+        ("bad.model", b"no model", "its 8 bytes are no whole vocabulary: the file is cut off or damaged"),
+        ("empty.model", b"", "its 0 bytes are no whole vocabulary"),
+        ("cut.model", whole[:5000], "its 5,000 bytes are no whole vocabulary"),
+        ("other.model", other, "not a vocabulary of this kind: it has no language tags"),
+        ("folder.model", None, "the vocabulary cannot be read: Is a directory"),
+        ("missing.model", None, "the vocabulary is not there"),
+    ):
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(ConfigError) as refused:
             PairTokenizer.load(tmp_path / name)
+        (problem,) = refused.value.problems
+        assert str(problem).startswith(f"{tmp_path / name}: {what}")
+        assert str(problem).endswith("; a run writes its vocabulary into its folder: copy it from there")
     assert PairTokenizer.load(sample_pairs.folder / "tokenizer.model").languages == ["de", "el", "en"]
