@@ -17,7 +17,8 @@ from moe_scale import cli
 from moe_scale.parallel import device as devices
 from moe_scale.parallel import launch as launches
 from moe_scale.train.recipe import Recipe, prepare_job
-from recipes import classifier, lm_16l, translation
+from recipes import classifier, lm_16l, switch, translation
+from tests.curves import TINY_SWITCH, write_words
 from tests.ranks import REPO, free_port, run_ranks
 from tests.unit.checkpoint.builders import small_config, write_checkpoint
 
@@ -31,7 +32,11 @@ def gpu_ranks(command: str) -> tuple[int, int] | None:
     return next((ranks for mark, ranks in GPU_RANKS.items() if mark in command), None)
 
 
-RECIPES = {"recipes/translation.py": translation.RECIPE, "recipes/classifier.py": classifier.RECIPE}
+RECIPES = {
+    "recipes/translation.py": translation.RECIPE,
+    "recipes/classifier.py": classifier.RECIPE,
+    "recipes/switch.py": switch.RECIPE,
+}
 
 
 def recipe_of(command: str) -> Recipe:
@@ -111,6 +116,15 @@ def classifier_flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 @pytest.fixture(scope="module")
+def switch_flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Flags that make any command of ``switch`` a matter of seconds."""
+    folder = tmp_path_factory.mktemp("switch")
+    write_words(folder / "text.jsonl", 40)
+    (folder / "tiny.yaml").write_text(TINY_SWITCH.replace("warmup_steps: 2", "warmup_steps: 1"))
+    return ["--config", str(folder / "tiny.yaml"), "--data.source", str(folder / "text.jsonl")]
+
+
+@pytest.fixture(scope="module")
 def translation_run(translation_flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A trained run of ``translation``, for the tools."""
     run = tmp_path_factory.mktemp("run") / "translation"
@@ -156,6 +170,7 @@ HELD_ELSEWHERE = {
     "deepspeed --num_accelerators 2 recipes/compare_moe.py --max_steps 20 --moe.ep_size 2": "test_compare.py",
     "deepspeed --num_accelerators 2 recipes/translation.py --moe.ep_size 2 --moe.backend deepspeed": "distributed",
     "deepspeed --num_accelerators 2 recipes/classifier.py --moe.ep_size 2 --moe.backend deepspeed": "distributed",
+    "deepspeed --num_accelerators 2 recipes/switch.py --moe.ep_size 2 --moe.backend deepspeed": "distributed",
     "python recipes/lm_16l.py": "make train, which is among these commands",
     "python recipes/translation.py --data.pairs en-de en-fr": "translation_run here",
     "python recipes/classifier.py --data.tokenizer encoder --model.embeddings encoder --model.input_size 384 "
@@ -198,11 +213,16 @@ def test_command_for_a_cpu_runs(
     tiny_flags: list[str],
     translation_flags: list[str],
     classifier_flags: list[str],
+    switch_flags: list[str],
     tmp_path: Path,
     request: pytest.FixtureRequest,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    flags_of = {"recipes/translation.py": translation_flags, "recipes/classifier.py": classifier_flags}
+    flags_of = {
+        "recipes/translation.py": translation_flags,
+        "recipes/classifier.py": classifier_flags,
+        "recipes/switch.py": switch_flags,
+    }
     own = next((flags for name, flags in flags_of.items() if name in command), tiny_flags)
     flags = shlex.join([*own, "--max_steps", "2", "--output_dir", str(tmp_path / "run")])
     if "--print_config" in command:
