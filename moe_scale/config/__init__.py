@@ -14,6 +14,7 @@ from moe_scale.config.classifier import (
     ExampleDataConfig,
     complete_moe,
 )
+from moe_scale.config.image_text_data import ImageTextDataConfig
 from moe_scale.config.language_model import DecoderConfig, LMConfig, LMEvalConfig, TextDataConfig
 from moe_scale.config.moe import MoEConfig
 from moe_scale.config.run import (
@@ -39,6 +40,7 @@ __all__ = [
     "EvalConfig",
     "ExampleDataConfig",
     "FaultConfig",
+    "ImageTextDataConfig",
     "LMConfig",
     "LMEvalConfig",
     "MoEConfig",
