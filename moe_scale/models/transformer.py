@@ -109,8 +109,8 @@ class MultiHeadAttention(nn.Module):
         """Let each position of ``x_BTD`` attend to the keys. Returns y_BTD.
 
         Args:
-            mask: broadcast to [B, H, T, S]: bool, True where a query may look, or what is added to the scores; None lets
-                it look everywhere.
+            mask: broadcast to [B, H, T, S], bool: True where a query may look; or numbers, added to the scores. None
+                lets it look everywhere.
             rope: angles of the queries' positions.
             causal: position t sees keys 0 to t; takes no mask.
         """
