@@ -152,20 +152,17 @@ def test_every_parameter_learns(config: MultimodalModelConfig, recompute: bool) 
     assert idle == []
 
 
-@pytest.mark.parametrize(
-    "gate", [{"router": "noisy", "top_k": 4}, {"router": "softmax", "top_k": 2}, {"enabled": False}]
-)
+@pytest.mark.parametrize("gate", [{"router": "noisy", "top_k": 4}, {"router": "softmax", "top_k": 2}])
 def test_experts_are_where_the_settings_say(gate: dict[str, Any]) -> None:
-    moe = replace(MOE, **gate)
-    for where, every in itertools.product(("both", "text", "fusion"), (1, 2)):
-        model = build(replace(SMALL, experts_in=where), replace(moe, every=every))
-        config = MultimodalConfig(model=replace(SMALL, experts_in=where), moe=replace(moe, every=every))
-        out = model(*batch())
-        rows = 0 if out.moe is None else len(out.moe.aux_loss)
-        assert rows == len(config.sparse_layers)
-        assert rows == (not moe.enabled and 0) or rows == (4 if where == "both" else 2) // every
-        names = {name.split(".")[0] for name, _ in model.named_parameters() if ".experts." in name}
-        assert names == ({"text", "fusion"} if where == "both" else {where} if moe.enabled else set()) or not rows
+    kinds = itertools.product({"both": {"text", "fusion"}, "text": {"text"}, "fusion": {"fusion"}}.items(), (1, 2))
+    for (where, parts), every in kinds:
+        config = MultimodalConfig(model=replace(SMALL, experts_in=where), moe=replace(MOE, every=every, **gate))
+        model = build(config.model, config.moe)
+        stats = model(*batch()).moe
+        assert len(stats.aux_loss) == len(config.sparse_layers) == 2 * len(parts) // every
+        assert {name.split(".")[0] for name, _ in model.named_parameters() if ".experts." in name} == parts
+    dense = build(moe=replace(MOE, enabled=False))
+    assert dense(*batch()).moe is None
 
 
 def test_settings_of_a_run_name_the_model() -> None:
