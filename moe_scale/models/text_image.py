@@ -35,7 +35,7 @@ class MultimodalOutput(NamedTuple):
     lm_loss: Tensor
     """The goal's loss alone: contrastive plus matching, cross entropy (nats a row), or squared error; no gradient."""
     parts: dict[str, Tensor]
-    """Of retrieval: ``contrastive`` and ``matching`` losses, unweighted, and the temperature's inverse ``scale``."""
+    """Of retrieval: ``contrastive`` and with fusion ``matching``, unweighted and without a gradient."""
     moe: MoEStats | None
     """The layers' statistics stacked: scalars as [M], counts as [M, E]; None without sparse layers."""
     outputs_BO: Tensor | None
@@ -44,6 +44,8 @@ class MultimodalOutput(NamedTuple):
     """fp32 features of unit length of retrieval; the similarity of two is their product."""
     text_BE: Tensor | None
     """The same of the texts."""
+    scale: Tensor | None
+    """fp32 scalar: what retrieval multiplies similarities with to compare them."""
 
 
 class TextEncoder(nn.Module):
@@ -148,14 +150,15 @@ class TextImageModel(nn.Module):
         scale = self.temperature()
         contrastive = contrastive_loss(image_BE, text_BE, items_B, present_B, scale)
         loss = self.config.contrastive_weight * contrastive
-        parts = {"contrastive": contrastive.detach(), "scale": scale.detach().squeeze(0)}
+        parts = {"contrastive": contrastive.detach()}
         if self.fusion is not None:
             logits_BB = (scale * image_BE @ text_BE.t()).detach()
             matching, matched = self._match(text_BSD, valid_BS, image_BPD, items_B, present_B, logits_BB)
             loss = loss + self.config.matching_weight * matching
             parts["matching"] = matching.detach()
             of_layers = of_layers + matched
-        return self._output(loss, parts, of_layers, image_BE=image_BE, text_BE=text_BE)
+        features = {"image_BE": image_BE, "text_BE": text_BE, "scale": scale.detach().squeeze(0)}
+        return self._output(loss, parts, of_layers, **features)
 
     def _match(
         self,
@@ -201,13 +204,14 @@ class TextImageModel(nn.Module):
         outputs_BO: Tensor | None = None,
         image_BE: Tensor | None = None,
         text_BE: Tensor | None = None,
+        scale: Tensor | None = None,
     ) -> MultimodalOutput:
         moe, goal_loss = None, loss.detach()
         if of_layers:
             moe = MoEStats(*map(torch.cat, zip(*of_layers, strict=True)))
             weights = self.moe_config
             loss = loss + weights.aux_loss_weight * moe.aux_loss.sum() + weights.z_loss_weight * moe.z_loss.sum()
-        return MultimodalOutput(loss, goal_loss, parts, moe, outputs_BO, image_BE, text_BE)
+        return MultimodalOutput(loss, goal_loss, parts, moe, outputs_BO, image_BE, text_BE, scale)
 
 
 def _stacked(layers: list[MoEStats]) -> list[MoEStats]:

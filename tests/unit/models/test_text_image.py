@@ -52,7 +52,7 @@ def test_retrieval_adds_up() -> None:
     model = build(replace(SMALL, contrastive_weight=2.0, matching_weight=0.5), replace(MOE, aux_loss_weight=0.5))
     out = model(*batch())
     torch.testing.assert_close(out.image_BE.norm(dim=1), torch.ones(6))
-    logits = out.parts["scale"] * out.image_BE @ out.text_BE.t()
+    logits = out.scale * out.image_BE @ out.text_BE.t()
     expected = (F.cross_entropy(logits, torch.arange(6)) + F.cross_entropy(logits.t(), torch.arange(6))) / 2
     torch.testing.assert_close(out.parts["contrastive"], expected.detach())
     torch.testing.assert_close(out.lm_loss, 2 * out.parts["contrastive"] + 0.5 * out.parts["matching"])
