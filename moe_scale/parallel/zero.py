@@ -188,12 +188,12 @@ def set_values(parameter: Parameter, values: torch.Tensor) -> None:
     """Give a parameter its values, whether it is sharded or whole. Of a parameter of an engine, training reads others.
 
     Args:
-        values: of all of it (of an expert-parallel one: of this rank's experts).
+        values: of all of it (of an expert-parallel one: of this rank's experts), in its shape or flattened.
     """
     shard: Any = getattr(parameter, "ds_tensor", None)
     if shard is None:
         if not parameter.is_meta:
-            parameter.copy_(values)
+            parameter.copy_(values.view_as(parameter))
         return
     start = torch.distributed.get_rank(group=parameter.ds_process_group) * shard.ds_numel  # type: ignore[attr-defined]
     mine = values.reshape(-1)[start : start + shard.ds_numel]  # the last shards are padded

@@ -46,8 +46,7 @@ def begin_with(where: str, path: str, kind: str, model: nn.Module) -> None:
         place = places[name]
         if place.tensor in index.tensors:
             parts = [reader.read(place.tensor, WEIGHT, s.in_tensor, s.length) for s in place.stretches]
-            shape = [sum(len(part) for part in parts)]
-            set_values(parameter, torch.cat(parts).view(parameter.shape if parameter.numel() == shape[0] else shape))
+            set_values(parameter, torch.cat(parts))
     for name, buffer in persistent_buffers(model).items():
         if name in index.tensors and not buffer.is_meta:
             buffer.copy_(reader.weight(name))
