@@ -12,7 +12,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ import numpy as np
 from moe_scale.config import ImageTextDataConfig
 from moe_scale.data import cache
 from moe_scale.data.examples.vocabulary import Subwords
+from moe_scale.data.images.files import IMAGE_SUFFIXES
 from moe_scale.data.images.record import SPLITS, ImageTextReport, Record
 from moe_scale.data.images.sources import read_source, source_paths
 from moe_scale.data.images.split import COMPARED_AT_MOST, assign_splits, describe_groups, near_groups
@@ -134,8 +135,8 @@ def prepare_image_text(
 def image_text_fingerprint(config: ImageTextDataConfig, vocab_size: int) -> str:
     """Name of the folder of the prepared data: 20 hex digits over everything that its content depends on.
 
-    Files that are read whole go in as :func:`moe_scale.data.cache.digest_files` takes them, images in folders by name,
-    size and time of change.
+    Files that are read whole go in as :func:`moe_scale.data.cache.digest_files` takes them, images in folders (by their
+    suffixes) by name, size and time of change.
     """
     settings = {name: value for name, value in asdict(config).items() if name not in _NOT_PREPARED}
     read, folders = source_paths(config)
@@ -150,11 +151,20 @@ def image_text_fingerprint(config: ImageTextDataConfig, vocab_size: int) -> str:
             digest.update(str(path.resolve()).encode(errors="surrogateescape"))
     for folder in folders:
         digest.update(str(folder.resolve()).encode(errors="surrogateescape"))
-        for where, _, names in sorted(os.walk(folder)):
-            for one in sorted(names):
-                about = os.stat(os.path.join(where, one), follow_symlinks=True) if one else None
-                digest.update(f"{one!r} {about and about.st_size} {about and about.st_mtime_ns}".encode())
+        for line in _listing(folder):
+            digest.update(line.encode(errors="surrogateescape"))
     return digest.hexdigest()[:20]
+
+
+def _listing(folder: Path) -> Iterator[str]:
+    """A line for each image file below ``folder``, in the order of their names."""
+    for where, below, names in os.walk(folder):
+        below.sort()
+        for name in sorted(names):
+            if Path(name).suffix.lower() in IMAGE_SUFFIXES:
+                path = Path(where, name)
+                about = path.stat() if path.exists() else path.lstat()  # a link may lead nowhere
+                yield f"{str(path.relative_to(folder))!r} {about.st_size} {about.st_mtime_ns}\n"
 
 
 def _build(config: ImageTextDataConfig, vocab_size: int, folder: Path, say: Callable[[str], None]) -> None:

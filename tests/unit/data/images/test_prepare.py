@@ -100,8 +100,14 @@ def test_the_name_of_the_folder_follows_what_it_is_made_of(config: ImageTextData
     changed = [replace(config, image_size=20), replace(config, max_len=20), replace(config, crop_area=0.3)]
     assert name not in [image_text_fingerprint(one, VOCABULARY) for one in changed]
     assert image_text_fingerprint(config, 400) != name
-    (Path(config.source).parent / "3.png").write_bytes(encoded(picture(77)))
-    assert image_text_fingerprint(config, VOCABULARY) != name
+    folder = Path(config.source).parent
+    (folder / "notes.txt").write_text("no image")
+    assert image_text_fingerprint(config, VOCABULARY) == name
+    (folder / "3.png").write_bytes(encoded(picture(77)))
+    changed_name = image_text_fingerprint(config, VOCABULARY)
+    assert changed_name != name
+    (folder / "41.png").symlink_to(folder / "nowhere.png")
+    assert image_text_fingerprint(config, VOCABULARY) not in (name, changed_name)
 
 
 def test_a_damaged_cache_is_told(config: ImageTextDataConfig) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from moe_scale.config import ImageTextDataConfig
 from moe_scale.data.images import sample
+from moe_scale.data.images.batches import eval_items
 from moe_scale.data.images.prepare import PreparedImageText, prepare_image_text
 from moe_scale.data.images.record import ImageTextReport
 from moe_scale.data.images.sources import check_image_text
@@ -69,6 +70,20 @@ def test_no_name_is_on_both_sides(prepared: PreparedImageText) -> None:
         assert not train & test
         assert not train & valid
         assert not valid & test
+
+
+def test_several_captions_of_one_image(prepared: PreparedImageText) -> None:
+    """Emoji that are drawn alike, as the flags of Spain and of Ceuta and Melilla, are one image with both names."""
+    rows = {}
+    for captions in (1, 0):
+        batches = eval_items(
+            prepared, prepared.split("test"), prepared.config,
+            language="ru", batch=64, rank=0, world_size=1, captions=captions,
+        )  # fmt: skip
+        rows[captions] = [item for batch in batches for item in batch.items_B[batch.present_B].tolist()]
+    assert rows[1] == list(range(190))
+    assert sorted(set(rows[0])) == rows[1]
+    assert len(rows[0]) == 193
 
 
 @pytest.mark.parametrize(
