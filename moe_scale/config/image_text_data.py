@@ -22,14 +22,14 @@ from moe_scale.config.base import (
 )
 from moe_scale.errors import Problem
 
-SAMPLE_UNSEEN = ("pt", "ru")
-"""Languages of the sample that are evaluated and not trained on, unless ``languages`` names them."""
+SAMPLE_LANGUAGES, SAMPLE_UNSEEN = ("en", "de", "es", "fr", "it"), ("pt", "ru")
+"""Languages of the sample that are trained on, and that are evaluated only, where the settings name none."""
 
 GLUE_CLASSES = {"cola": 2, "sst2": 2, "mrpc": 2, "qqp": 2, "mnli": 3, "qnli": 2, "rte": 2, "wnli": 2, "stsb": 1}
 """Outputs that a GLUE task takes: its classes, or the one score of STS-B."""
 
 _LANGUAGE = re.compile(r"[a-z]{2,3}")
-_MOST_PIXELS = 178_956_970  # Pillow refuses to open larger images, whatever it is told
+_MOST_PIXELS = 89_478_485  # Pillow warns of larger images, and refuses those of twice as many
 
 Channels = tuple[float, float, float]
 
@@ -71,7 +71,9 @@ class ImageTextDataConfig(Strict):
         "en", "language of captions that have no code of their own, as they all are in .txt and COCO"
     )
     languages: tuple[str, ...] = setting(
-        (), "language codes of the captions to train on, as en de; none given means all but unseen_languages"
+        (),
+        "language codes of the captions to train on, as en de; none given means en de es fr it of the sample, and "
+        "otherwise all but unseen_languages",
     )
     unseen_languages: tuple[str, ...] = setting(
         (),
@@ -157,6 +159,13 @@ class ImageTextDataConfig(Strict):
         if self.is_glue:
             return GLUE_CLASSES.get(self.source.removeprefix("glue/"), 0)
         return self.num_answers if self.kind == "vqa" else 0
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """Languages to train on; none means all that are not in :attr:`unseen`."""
+        if self.languages or self.source != "sample":
+            return self.languages
+        return tuple(code for code in SAMPLE_LANGUAGES if code not in self.unseen_languages)
 
     @property
     def unseen(self) -> tuple[str, ...]:
