@@ -1,74 +1,80 @@
 """What a model of texts and images makes of held-out batches, on every rank that of all.
 
-Shapes: B rows of a rank's batch, N rows of all, E width of the shared space, O outputs.
+Shapes: B rows of a rank's batch, N rows of all, O outputs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from moe_scale.data.images.batches import ImageTextBatch
-from moe_scale.parallel.collectives import all_gather_rows
+from moe_scale.evaluate.retrieval import RetrievalScores, gather_features, retrieval_scores
+from moe_scale.parallel.collectives import all_gather_rows, mean_over_ranks
 
 
-@dataclass(frozen=True)
-class HeldOut:
-    """Rows that are there, in the order of batches and, of each, ranks. On the host; None for what there is not.
-
-    Attributes:
-        loss: mean over the rows of the goal's loss; that of a batch of retrieval is of its own rows.
-        items_N: int64 number of each row's image.
-        image_NE, text_NE: fp32 features of unit length.
-        labels_N: class or score.
-        outputs_NO: fp32 logits of the classes, or the score [N, 1].
-    """
+class Answers(NamedTuple):
+    """Outputs of the rows that are there, in the order of the split."""
 
     loss: float
-    items_N: Tensor
-    image_NE: Tensor | None
-    text_NE: Tensor | None
-    labels_N: Tensor | None
-    outputs_NO: Tensor | None
+    """Mean over the rows of cross entropy, nats, or of the squared error; of those that have a label."""
+    places_N: np.ndarray
+    """int64 place of each row in what was run, those that are not there counted."""
+    labels_N: np.ndarray
+    """float64; -100 or NaN for none."""
+    outputs_NO: np.ndarray
+    """float64 logits of the classes, or the score [N, 1]."""
 
 
 @torch.no_grad()
-def run_held_out(model: Callable[..., Any], batches: Iterable[ImageTextBatch], device: torch.device) -> HeldOut:
-    """Run a model over held-out batches. All ranks call it together, with as many batches of as many rows each.
+def score_retrieval(
+    model: Callable[..., Any], batches: Iterable[ImageTextBatch], device: torch.device
+) -> tuple[float, RetrievalScores]:
+    """The mean loss of the batches (contrastive over each joined batch, and matching), and recall over all of them.
+
+    All ranks call it together, with as many batches of as many rows each.
 
     Args:
         model: the engine (or a bare model) in evaluation mode.
         batches: one at least.
     """
-    total, rows = 0.0, 0
-    parts: dict[str, list[Tensor]] = {}
+    losses: list[Tensor] = []
+    rows: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     for batch in batches:
-        batch = on_device(batch, device)
-        output = model(*batch)
-        present_N = all_gather_rows(batch.present_B.long()).bool()
-        columns = {
-            "items_N": batch.items_B,
-            "image_NE": output.image_BE,
-            "text_NE": output.text_BE,
-            "labels_N": batch.labels_B,
-            "outputs_NO": output.outputs_BO,
-        }
-        for name, column in columns.items():
-            if column is not None:
-                parts.setdefault(name, []).append(all_gather_rows(column)[present_N].cpu())
-        here = int(present_N.sum())
-        total += float(all_gather_rows(output.lm_loss.view(1)).mean()) * here
-        rows += here
-    return HeldOut(total / max(rows, 1), **{name: torch.cat(parts[name]) if name in parts else None for name in NAMES})
+        output = model(*batch.to(device))
+        losses.append(output.lm_loss)
+        rows.append((output.image_BE, output.text_BE, batch.items_B, batch.present_B))
+    loss = float(mean_over_ranks(torch.stack(losses).mean()))
+    images, texts, items, present = (torch.cat(column) for column in zip(*rows, strict=True))
+    return loss, retrieval_scores(gather_features(images, texts, items, present))
 
 
-NAMES = ("items_N", "image_NE", "text_NE", "labels_N", "outputs_NO")
-
-
-def on_device(batch: ImageTextBatch, device: torch.device) -> ImageTextBatch:
-    """The batch on a device."""
-    return ImageTextBatch(*(None if part is None else part.to(device) for part in batch))
+@torch.no_grad()
+def answer(model: Callable[..., Any], batches: Iterable[ImageTextBatch], device: torch.device) -> Answers:
+    """Run a model for classes or scores over the batches of a split, in its order; as :func:`score_retrieval`."""
+    total, counted = 0.0, 0
+    presents: list[Tensor] = []
+    labels: list[Tensor] = []
+    outputs: list[Tensor] = []
+    for batch in batches:
+        on_device = batch.to(device)
+        output = model(*on_device)
+        assert on_device.labels_B is not None
+        has_label_B = on_device.present_B & (on_device.labels_B >= 0)  # NaN is not
+        number = int(all_gather_rows(has_label_B.long()).sum())
+        total += float(mean_over_ranks(output.lm_loss)) * number
+        counted += number
+        presents.append(all_gather_rows(on_device.present_B.long()).bool().cpu())
+        labels.append(all_gather_rows(on_device.labels_B.double()).cpu())
+        outputs.append(all_gather_rows(output.outputs_BO.double()).cpu())
+    present_N = torch.cat(presents)
+    return Answers(
+        total / max(counted, 1),
+        present_N.nonzero().squeeze(1).numpy(),
+        torch.cat(labels)[present_N].numpy(),
+        torch.cat(outputs)[present_N].numpy(),
+    )
