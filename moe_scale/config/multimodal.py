@@ -117,8 +117,8 @@ class MultimodalModelConfig(Strict):
     )
     pretrained: PathText = setting(
         "",
-        "run or checkpoint of this recipe whose weights the model begins with, as far as it has them: what it lacks "
-        "(adapters, a new head) is drawn; empty draws all",
+        "run or checkpoint of this recipe whose weights the model begins with, as far as it has them, and whose "
+        "vocabulary it takes: what it lacks (adapters, a new head) is drawn; empty draws all",
     )
     dropout: Fraction = setting(0.1, "of embeddings, attention weights, sublayers' outputs and what enters a head")
     norm: Literal["rmsnorm", "layernorm"] = setting(

@@ -15,7 +15,7 @@ from moe_scale.config import ImageEncoderConfig
 from moe_scale.errors import ConfigError, Problem, raise_if
 from moe_scale.initialization import Init
 from moe_scale.models.vit import VisionTransformer
-from moe_scale.parallel.zero import set_values
+from moe_scale.parallel.zero import full_shape, set_values
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -34,13 +34,19 @@ _NOT_OURS = re.compile(r"^(pooler|classifier|decoder)\.|mask_token$")
 
 def vit_problems(folder: str, config: ImageEncoderConfig) -> list[Problem]:
     """Why an image encoder of these settings cannot begin with the weights in ``folder``; reads no weights."""
+    with torch.device("meta"):
+        return _misfits(folder, VisionTransformer(config, Init(0)))
+
+
+def _misfits(folder: str, model: VisionTransformer) -> list[Problem]:
     path = Path(folder).expanduser()
     try:
         theirs = _read_json(path / "config.json")
         shapes = {name: shape for name, (_, _, shape) in _tensors(path).items()}
     except ConfigError as error:
         return error.problems
-    return _setting_problems(path, theirs, config) or _shape_problems(path, shapes, config)
+    mine = {name: tuple(full_shape(parameter)) for name, parameter in model.named_parameters()}
+    return _setting_problems(path, theirs, model.config) or _shape_problems(path, shapes, mine)
 
 
 def load_vit(model: VisionTransformer, folder: str) -> None:
@@ -49,7 +55,7 @@ def load_vit(model: VisionTransformer, folder: str) -> None:
     Raises:
         ConfigError: if they do not fit, before anything is changed.
     """
-    raise_if(vit_problems(folder, model.config))
+    raise_if(_misfits(folder, model))
     tensors = _tensors(Path(folder).expanduser())
     for name, parameter in model.named_parameters():
         file, key, _ = tensors[name]
@@ -85,9 +91,7 @@ def _setting_problems(path: Path, theirs: dict[str, Any], config: ImageEncoderCo
     return found
 
 
-def _shape_problems(path: Path, shapes: dict[str, tuple[int, ...]], config: ImageEncoderConfig) -> list[Problem]:
-    with torch.device("meta"):
-        mine = {n: tuple(p.shape) for n, p in VisionTransformer(config, Init(0)).named_parameters()}
+def _shape_problems(path: Path, shapes: dict[str, tuple[int, ...]], mine: dict[str, tuple[int, ...]]) -> list[Problem]:
     wrong = [name for name in mine if shapes.get(name) != mine[name]]
     wrong += [name for name in shapes if name not in mine and not _NOT_OURS.search(name)]
     return [

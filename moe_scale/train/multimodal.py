@@ -12,7 +12,7 @@ import numpy as np
 from moe_scale.config import MultimodalConfig
 from moe_scale.data.images.batches import ImageTextBatch, eval_batches, eval_items, eval_languages
 from moe_scale.data.images.loader import ImageTextLoader, train_loader
-from moe_scale.data.images.prepare import prepare_image_text
+from moe_scale.data.images.prepare import PreparedImageText, prepare_image_text
 from moe_scale.data.images.sources import check_image_text
 from moe_scale.data.images.split_files import ImageTextSplit
 from moe_scale.errors import Problem
@@ -29,6 +29,7 @@ from moe_scale.train.multimodal_model import (
     keep_adapters,
     model_problems,
     trained_line,
+    vocabulary_of,
 )
 from moe_scale.train.task import Task, unequal_batches
 
@@ -75,12 +76,19 @@ class MultimodalTask(Task):
         return found + ([] if self.config.problems() else model_problems(self.config))
 
     def prepare(self, say: Callable[[str], None]) -> None:
-        prepare_image_text(self.config.data, self.config.model.vocab_size, say)
+        self._prepared(say)
+
+    def _prepared(self, say: Callable[[str], None] | None = None) -> PreparedImageText:
+        """The data, in the words of the run that the model begins with, if it begins with one."""
+        model, vocabulary = self.config.model, None
+        if model.pretrained:
+            vocabulary = vocabulary_of(model.pretrained)
+        return prepare_image_text(self.config.data, model.vocab_size, say, vocabulary=vocabulary)
 
     def open(self, *, micro_batch: int, rank: int, world_size: int) -> None:
         config = self.config
         self.batch, self.rank, self.world_size = micro_batch * config.data.batch_examples, rank, world_size
-        self.data = prepare_image_text(config.data, config.model.vocab_size)
+        self.data = self._prepared()
         self.flops_per_token = self._flops_per_token(self.data.split("train").lengths_T)
         self.loader = train_loader(
             self.data, config.data, micro_batch=micro_batch, rank=rank, world_size=world_size, seed=config.seed

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from moe_scale.config import MultimodalConfig
+from moe_scale.data.examples.vocabulary import Subwords
 from moe_scale.errors import Problem
 from moe_scale.models.lora import adapter_problems, adapters, add_adapters, save_adapters
 from moe_scale.models.text_image import TextImageModel
@@ -35,6 +36,15 @@ def build_text_image(config: MultimodalConfig, groups: ParallelGroups) -> TextIm
     return model
 
 
+def vocabulary_of(pretrained: str) -> Path | None:
+    """The vocabulary that lies beside the checkpoints of a run, or of the run that a checkpoint is of."""
+    path = Path(pretrained).expanduser().resolve()
+    for folder in (path, *path.parents[:2]):
+        if (folder / Subwords.file_name).is_file():
+            return folder / Subwords.file_name
+    return None
+
+
 def model_problems(config: MultimodalConfig) -> list[Problem]:
     """What is wrong with what the model begins with, and with the names of what is adapted."""
     found = []
@@ -44,6 +54,10 @@ def model_problems(config: MultimodalConfig) -> list[Problem]:
         found += vit_problems(config.model.vit_weights, config.model.image)
     if config.model.pretrained:
         found += pretrained_problems("model.pretrained", config.model.pretrained, KIND, model)
+        if not found and vocabulary_of(config.model.pretrained) is None:
+            what = f"{config.model.pretrained} has no {Subwords.file_name} beside its checkpoints"
+            allowed = "name a run's folder as it was left: its tokens mean nothing in other words"
+            found.append(Problem("model.pretrained", what, allowed, this_host_only=True))
     return found + (adapter_problems(model, config.lora) if config.lora.enabled else [])
 
 

@@ -110,7 +110,11 @@ def image_reader(config: ImageTextDataConfig) -> ImageReader:
 
 
 def prepare_image_text(
-    config: ImageTextDataConfig, vocab_size: int, say: Callable[[str], None] | None = None
+    config: ImageTextDataConfig,
+    vocab_size: int,
+    say: Callable[[str], None] | None = None,
+    *,
+    vocabulary: Path | None = None,
 ) -> PreparedImageText:
     """Read, split and tokenize the images and texts of ``config``, or open what an earlier call made.
 
@@ -120,20 +124,24 @@ def prepare_image_text(
 
     Args:
         vocab_size: entries that SentencePiece is trained to: ``model.vocab_size``.
+        vocabulary: file of an earlier one, which is taken as it is; None trains one on this source.
 
     Raises:
         ConfigError: as :func:`moe_scale.data.images.sources.read_source` and ``assign_splits``; when the text does not
             give ``model.vocab_size`` entries; or when ``cache_dir`` cannot be written.
     """
     say = say or (lambda line: None)
-    name = image_text_fingerprint(config, vocab_size)
+    earlier = None if vocabulary is None else Subwords.load(vocabulary)
+    name = image_text_fingerprint(config, vocab_size, earlier.fingerprint if earlier else "")
     folder = Path(config.cache_dir).expanduser() / "image_text" / name
-    cache.build_once(folder, lambda aside: _build(config, vocab_size, aside, say), say)
+    cache.build_once(folder, lambda aside: _build(config, vocab_size, earlier, aside, say), say)
     return PreparedImageText.open(folder, config)
 
 
-def image_text_fingerprint(config: ImageTextDataConfig, vocab_size: int) -> str:
+def image_text_fingerprint(config: ImageTextDataConfig, vocab_size: int, vocabulary: str = "") -> str:
     """Name of the folder of the prepared data: 20 hex digits over everything that its content depends on.
+
+    ``vocabulary`` is the fingerprint of one that is given; empty for one that is trained.
 
     Files that are read whole go in as :func:`moe_scale.data.cache.digest_files` takes them, images in folders (by their
     suffixes) by name, size and time of change.
@@ -144,7 +152,7 @@ def image_text_fingerprint(config: ImageTextDataConfig, vocab_size: int) -> str:
         for name in ("source", "heldout", "images", "heldout_images", "answers", "heldout_answers"):
             settings[name] = bool(settings[name])
     versions = [importlib.metadata.version(package) for package in ("sentencepiece", "pillow")]
-    digest = hashlib.sha256(f"{FORMAT} {versions} {settings!r} {config.stored_size} {vocab_size}".encode())
+    digest = hashlib.sha256(f"{FORMAT} {versions} {settings!r} {config.stored_size} {vocab_size}{vocabulary}".encode())
     for path in read:
         cache.digest_files(digest, [path], path.parent)
         if config.is_path:  # places of images are kept as they are now
@@ -167,7 +175,9 @@ def _listing(folder: Path) -> Iterator[str]:
                 yield f"{str(path.relative_to(folder))!r} {about.st_size} {about.st_mtime_ns}\n"
 
 
-def _build(config: ImageTextDataConfig, vocab_size: int, folder: Path, say: Callable[[str], None]) -> None:
+def _build(
+    config: ImageTextDataConfig, vocab_size: int, vocabulary: Subwords | None, folder: Path, say: Callable[[str], None]
+) -> None:
     """Read everything, decide the split, make the vocabulary, and write each split's files."""
     report = ImageTextReport()
     say(f"reading {config.source}")
@@ -187,8 +197,10 @@ def _build(config: ImageTextDataConfig, vocab_size: int, folder: Path, say: Call
     answers = _label_answers(config, splits, report) if config.kind == "vqa" else []
     _require_training(config, splits, report)
     languages = sorted({text.language for some in splits.values() for record in some for text in record.texts})
-    sentences = [one for record in splits["train"] for text in record.texts for one in (text.first, text.second) if one]
-    vocabulary = Subwords(train_model(sentences, kind=config.tokenizer, vocab_size=vocab_size))
+    if vocabulary is None:
+        texts = [text for record in splits["train"] for text in record.texts]
+        sentences = [one for text in texts for one in (text.first, text.second) if one]
+        vocabulary = Subwords(train_model(sentences, kind=config.tokenizer, vocab_size=vocab_size))
     vocabulary.save(folder / Subwords.file_name)
     content = hashlib.sha256(f"{FORMAT} {vocabulary.fingerprint} {languages} {answers}".encode())
     for name, some in splits.items():
