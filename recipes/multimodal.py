@@ -52,12 +52,14 @@ RECIPE = Recipe(
     scales={
         "cpu": {
             "deepspeed_config": f"ds_configs/zero3_cpu{'' if has_fast_bf16_cpu() else '_fp32'}.json",
-            "max_steps": 600,
+            "max_steps": 400,
+            "data": {"image_size": 48},
             "model": {"vocab_size": 4000, "text_layers": 2, "text_width": 192, "text_heads": 4, "image_layers": 4,
                       "image_width": 192, "image_heads": 4, "fusion_layers": 1, "fusion_width": 128, "fusion_heads": 4,
                       "embed_size": 128},
             "moe": {"num_experts": 8, "intermediate_size": 192},
             "optim": {"lr": 1e-3, "beta2": 0.98, "warmup_steps": 50},
+            "eval": {"every": 100},
         },
         "1gpu": {"deepspeed_config": "ds_configs/zero3_1gpu.json", **LARGE, **BASE},
         "1node": {"deepspeed_config": "ds_configs/zero3_1node.json", **LARGE, **BILLION},

@@ -177,6 +177,13 @@ def test_adapters_leave_the_run_that_they_build_on_as_it_was(runs: Path) -> None
         prepare_job(RECIPE, ["--model.pretrained", str(runs / "lora"), "--output_dir", str(runs / "none")])
 
 
+def test_adapters_go_on_as_they_were_begun(runs: Path) -> None:
+    begun = json.loads((runs / "cases.json").read_text())[5]
+    assert begun[-1] == "must"
+    with pytest.raises(ConfigError, match=r"lora.alpha: .* was saved with 16.0, this run has 3.0"):
+        prepare_job(RECIPE, [*begun, "--lora.alpha", "3", "--max_steps", "9"])
+
+
 def test_peft_reads_the_adapters_of_a_runs_image_encoder(runs: Path) -> None:
     """Onto the very ViT of Hugging Face that the run began with."""
     model = moe_scale.load_model(runs / "vit-lora")

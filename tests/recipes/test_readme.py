@@ -15,7 +15,7 @@ from moe_scale import cli
 from moe_scale.parallel import device as devices
 from moe_scale.parallel import launch as launches
 from moe_scale.train.recipe import Recipe, prepare_job
-from recipes import classifier, lm_16l, translation
+from recipes import classifier, lm_16l, multimodal, translation
 from tests.ranks import REPO, free_port, run_ranks
 from tests.unit.checkpoint.builders import small_config, write_checkpoint
 
@@ -29,7 +29,11 @@ def gpu_ranks(command: str) -> tuple[int, int] | None:
     return next((ranks for mark, ranks in GPU_RANKS.items() if mark in command), None)
 
 
-RECIPES = {"recipes/translation.py": translation.RECIPE, "recipes/classifier.py": classifier.RECIPE}
+RECIPES = {
+    "recipes/translation.py": translation.RECIPE,
+    "recipes/classifier.py": classifier.RECIPE,
+    "recipes/multimodal.py": multimodal.RECIPE,
+}
 
 
 def recipe_of(command: str) -> Recipe:
