@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from moe_scale.evaluate.retrieval import CUTOFFS, Features, Recall, gather_features, recall_of, retrieval_scores
 
@@ -92,6 +93,23 @@ def test_rows_that_only_fill_and_repeated_images_are_left_out() -> None:
     assert found.images_ID.tolist() == [[0.0, 1.0], [1.0, 0.0]]
     assert found.text_items_T.tolist() == [0, 2, 2]
     assert found.texts_TD.tolist() == [[4.0, 5.0], [0.0, 1.0], [2.0, 3.0]]
+
+
+def test_the_rows_of_all_ranks_are_put_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    others = (np.array([[3.0, 3.0], [0.0, 1.0]]), np.array([[4.0, 4.0], [5.0, 5.0]]), np.array([1, 2]))
+
+    def gather(everyones: list, own: tuple) -> None:
+        everyones[:] = [own, others]
+
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    mine = torch.tensor([[1.0, 0.0], [7.0, 7.0]])
+    found = gather_features(mine, mine + 1, torch.tensor([2, -1]), torch.tensor([True, False]))
+    assert found.image_items_I.tolist() == [1, 2]
+    assert found.images_ID.tolist() == [[3.0, 3.0], [1.0, 0.0]]
+    assert found.text_items_T.tolist() == [1, 2, 2]
+    assert found.texts_TD.tolist() == [[4.0, 4.0], [2.0, 1.0], [5.0, 5.0]]
 
 
 def test_queries_without_an_answer() -> None:

@@ -99,6 +99,7 @@ def test_a_position_is_exact_and_holds_for_another_number_of_ranks(data: Prepare
         loader(data, 4, color=0.5).load_state_dict(state)
 
 
+@pytest.mark.slow
 def test_workers_give_the_same_batches(data: PreparedImageText) -> None:
     plain, worked = loader(data, 4), loader(data, 4, num_workers=2)
     try:
