@@ -14,8 +14,17 @@ from moe_scale.config.classifier import (
     ExampleDataConfig,
     complete_moe,
 )
+from moe_scale.config.image_text_data import ImageTextDataConfig
 from moe_scale.config.language_model import DecoderConfig, LMConfig, LMEvalConfig, TextDataConfig
+from moe_scale.config.lora import LoRAConfig
 from moe_scale.config.moe import MoEConfig
+from moe_scale.config.multimodal import (
+    ImageEncoderConfig,
+    MultimodalConfig,
+    MultimodalEvalConfig,
+    MultimodalModelConfig,
+    StackConfig,
+)
 from moe_scale.config.run import (
     CheckpointConfig,
     EarlyStoppingConfig,
@@ -40,14 +49,21 @@ __all__ = [
     "EvalConfig",
     "ExampleDataConfig",
     "FaultConfig",
+    "ImageEncoderConfig",
+    "ImageTextDataConfig",
     "LMConfig",
     "LMEvalConfig",
+    "LoRAConfig",
     "MoEConfig",
+    "MultimodalConfig",
+    "MultimodalEvalConfig",
+    "MultimodalModelConfig",
     "OptimConfig",
     "PairDataConfig",
     "RunConfig",
     "Scale",
     "Seq2SeqConfig",
+    "StackConfig",
     "SwitchConfig",
     "SwitchMoEConfig",
     "SwitchModelConfig",

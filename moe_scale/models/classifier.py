@@ -62,17 +62,11 @@ class Pooling(nn.Module):
         return torch.einsum("bs,bsd->bd", weights_BS.to(x_BSD.dtype), x_BSD)
 
 
-class ClassHead(nn.Module):
+class ClassHead(Linear):
     """Linear map to the classes, with a bias, which learns how frequent they are."""
 
     def __init__(self, d_model: int, num_classes: int, init: Init):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_classes, d_model))
-        self.bias = nn.Parameter(torch.zeros(num_classes))
-        init.normal_(self.weight, d_model**-0.5)
-
-    def forward(self, x_BD: Tensor) -> Tensor:
-        return F.linear(x_BD, self.weight, self.bias)
+        super().__init__(d_model, num_classes, init, bias=True)
 
 
 class Classifier(nn.Module):

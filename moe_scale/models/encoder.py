@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moe_scale.config import MoEConfig
 from moe_scale.initialization import Init
+from moe_scale.models.alibi import alibi_bias
 from moe_scale.models.attention import Rope, rope_tables
 from moe_scale.models.transformer import (
     FeedForward,
@@ -110,6 +111,9 @@ class Encoder(nn.Module):
         x_BSD, rope = with_positions(x_BSD, self.config, self.positions)
         x_BSD, stats = self.dropout(x_BSD), []
         mask = key_mask(valid_BS)
+        if self.config.positions == "alibi":
+            bias_HSS = alibi_bias(x_BSD.shape[1], self.config.num_heads, x_BSD.device)
+            mask = torch.where(mask, bias_HSS, float("-inf")).to(x_BSD.dtype)
         for layer in self.layers:
             x_BSD, layer_stats = self._run_layer(layer, x_BSD, ids_BS, valid_BS, mask, rope)
             stats += [] if layer_stats is None else [layer_stats]
@@ -137,11 +141,15 @@ def with_positions(
 ) -> tuple[Tensor, Rope | None]:
     """The stream with its positions added, or the angles by which rotary ones turn queries and keys.
 
+    ALiBi leaves both alone: its positions are in the scores of the attention.
+
     Args:
         learned: the vectors of ``positions=learned``; drawn small, as an embedding is, and scaled up to the stream.
         start: the first position.
     """
     length, device = x_BSD.shape[1], x_BSD.device
+    if config.positions == "alibi":
+        return x_BSD, None
     if config.positions == "rotary":
         return x_BSD, rope_tables(length, config.head_width, config.rope_theta, device, start)
     places = torch.arange(start, start + length, device=device)

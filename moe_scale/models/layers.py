@@ -38,19 +38,23 @@ def dense_width(moe: MoEConfig) -> int:
 
 
 class Linear(nn.Module):
-    """A linear map without bias whose weights come from a seeded :class:`Init`.
+    """A linear map whose weights come from a seeded :class:`Init`.
 
     Args:
         std: initial standard deviation; None takes fan-in, ``in_features ** -0.5``.
+        bias: add a bias, which begins at zero.
     """
 
-    def __init__(self, in_features: int, out_features: int, init: Init, std: float | None = None):
+    def __init__(
+        self, in_features: int, out_features: int, init: Init, std: float | None = None, *, bias: bool = False
+    ):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
         init.normal_(self.weight, in_features**-0.5 if std is None else std)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+        return F.linear(x, self.weight, self.bias)
 
 
 class DenseFeedForward(nn.Module):

@@ -95,7 +95,8 @@ class MultiHeadAttention(nn.Module):
         """Let each position of ``x_BTD`` attend to the keys. Returns y_BTD.
 
         Args:
-            mask: bool, broadcast to [B, H, T, S], True where a query may look; None lets it look everywhere.
+            mask: broadcast to [B, H, T, S], bool: True where a query may look; or numbers, added to the scores. None
+                lets it look everywhere.
             rope: angles of the queries' positions.
             causal: position t sees keys 0 to t; takes no mask.
         """

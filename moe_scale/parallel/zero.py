@@ -183,6 +183,31 @@ def full_shape(parameter: Parameter) -> torch.Size:
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
+@torch.no_grad()
+def set_values(parameter: Parameter, values: torch.Tensor) -> None:
+    """Give a parameter its values, whether it is sharded or whole. Of a parameter of an engine, training reads others.
+
+    Args:
+        values: of all of it (of an expert-parallel one: of this rank's experts), in its shape or flattened.
+    """
+    shard: Any = getattr(parameter, "ds_tensor", None)
+    if shard is None:
+        if not parameter.is_meta:
+            parameter.copy_(values.view_as(parameter))
+        return
+    start = torch.distributed.get_rank(group=parameter.ds_process_group) * shard.ds_numel  # type: ignore[attr-defined]
+    mine = values.reshape(-1)[start : start + shard.ds_numel]  # the last shards are padded
+    shard.view(-1)[: len(mine)].copy_(mine)
+
+
+def full_values(parameter: Parameter) -> torch.Tensor:
+    """A copy of a parameter's values on the host, gathered where it is sharded; the ranks that share it together."""
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_tensor")):
+        return parameter.detach().to("cpu", copy=True)
+
+
 def squared_grad_norms(
     engine: Any, parts: Mapping[str, list[Parameter]], stage: int, groups: ParallelGroups
 ) -> dict[str, float]:

@@ -19,15 +19,18 @@ class StepMeter:
 
     def __init__(self) -> None:
         self._losses: list[Tensor] = []
+        self._parts: list[dict[str, Tensor]] = []
         self._layers: list[Tensor] = []
         self._assignments_ME: Tensor | None = None
 
     def add(self, output: Any) -> None:
-        """Take in the output of one micro-batch: loss, lm_loss, and the stacked router statistics ``moe`` or None."""
+        """Take in the output of one micro-batch: loss, lm_loss, the stacked router statistics ``moe`` or None, and
+        ``parts`` of the loss by name where it has several."""
         zero = output.loss.new_zeros(())
         moe = output.moe
         router = (zero, zero) if moe is None else (moe.aux_loss.mean(), moe.z_loss.mean())
         self._losses.append(torch.stack([x.detach().double() for x in (output.loss, output.lm_loss, *router)]))
+        self._parts.append({name: part.detach().double() for name, part in getattr(output, "parts", {}).items()})
         if moe is not None:
             self._layers.append(torch.stack([moe.entropy, moe.dropped, moe.logit_rms]).detach().double())
             counts = moe.assignments_E.detach().double()
@@ -36,13 +39,16 @@ class StepMeter:
     def record(self) -> dict[str, Any]:
         """The step's figures over all ranks, which must call it together. Lists have one entry a sparse layer.
 
-        ``aux_loss`` and ``z_loss`` are unweighted means over layers. ``router/entropy`` is a share of log E;
-        ``router/logit_rms`` the root mean square of the router's scores; ``router/load_cv`` the standard deviation of
-        the experts' load over its mean, ``router/load_max`` the largest load over the mean; ``router/dropped`` the
-        share of (token, choice) pairs that found no place.
+        ``loss/NAME`` is a part of the loss, unweighted. ``aux_loss`` and ``z_loss`` are unweighted means over layers.
+        ``router/entropy`` is a share of log E; ``router/logit_rms`` the root mean square of the router's scores;
+        ``router/load_cv`` the standard deviation of the experts' load over its mean, ``router/load_max`` the largest
+        load over the mean; ``router/dropped`` the share of (token, choice) pairs that found no place.
         """
         losses = mean_over_ranks(torch.stack(self._losses).mean(dim=0))
         record: dict[str, Any] = dict(zip(("loss", "lm_loss", "aux_loss", "z_loss"), losses.tolist(), strict=True))
+        for name in self._parts[0]:
+            part = torch.stack([parts[name] for parts in self._parts]).mean()
+            record[f"loss/{name}"] = mean_over_ranks(part).item()
         if self._assignments_ME is not None:
             layers = torch.stack(self._layers)
             entropy_M = mean_over_ranks(layers[:, 0].mean(dim=0))

@@ -33,7 +33,15 @@ log = logging.getLogger(__name__)
 
 SETTINGS_THAT_MAY_CHANGE = {
     "data": ("num_workers", "cache_dir", "shuffle_buffer", "batch_examples"),
-    "model": ("activation_checkpointing", "loss_chunk_tokens", "temperature"),
+    "model": (
+        "activation_checkpointing",
+        "loss_chunk_tokens",
+        "temperature",
+        "vit_weights",
+        "contrastive_weight",
+        "matching_weight",
+    ),
+    "lora": ("dropout",),
     "moe": (
         "backend",
         "kernels",

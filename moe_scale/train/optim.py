@@ -13,12 +13,21 @@ from moe_scale.config import OptimConfig, RunConfig
 from moe_scale.errors import Problem
 from moe_scale.parallel.zero import expert_group_name, full_shape
 
-PARTS = ("embedding", "projections", "attention", "router", "experts", "ffn", "norms")
+PARTS = ("embedding", "projections", "attention", "router", "experts", "ffn", "norms", "adapters")
 """Groups of parameters whose gradient norms are reported apart."""
+
+
+PROJECTIONS = (
+    *("project.", "pooling.", "head."),  # into the stream of a classifier, and out of it
+    *("project_text.", "project_image.", "fusion.project_", "match.", "temperature."),  # of texts and images
+)
+"""How names of maps into a model's stream and out of it begin. A patch embedding is one, ``image.*.projection.``."""
 
 
 def part_of(name: str) -> str:
     """Which of :data:`PARTS` a parameter belongs to, by its name in any backend."""
+    if ".lora_" in name:
+        return "adapters"
     if ".experts." in name:
         return "experts"
     if ".moe.dense." in name:
@@ -29,9 +38,9 @@ def part_of(name: str) -> str:
         return "norms"
     if "attention." in name or ".self_attn." in name:
         return "attention"
-    if name.startswith(("project.", "pooling.", "head.")):  # into the stream of a classifier, and out of it
+    if name.startswith(PROJECTIONS) or ".projection." in name:
         return "projections"
-    return "ffn" if ".ffn." in name or ".linear" in name else "embedding"
+    return "ffn" if any(part in name for part in (".ffn.", ".mlp.", ".linear")) else "embedding"
 
 
 def parameters_by_part(model: nn.Module) -> dict[str, list[nn.Parameter]]:

@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol
 
 from torch import nn
 
+from moe_scale.config import MoEConfig
 from moe_scale.errors import Problem
 from moe_scale.parallel.groups import ParallelGroups
 
@@ -93,3 +94,17 @@ class Task(abc.ABC):
     def summarize(self, engine: Any, scores: dict[str, Any], run_dir: Path) -> list[tuple[str, str]]:
         """Lines (label, text) for the end of the run; all ranks together. Its files are written by rank 0 with
         :func:`moe_scale.train.finished.write_files`, whose lines are among them."""
+
+
+def unequal_batches(moe: MoEConfig) -> list[Problem]:
+    """What fails where ranks that exchange tokens have different numbers of them, as with sentences.
+
+    ``deepspeed.moe`` sizes the exchanged buffers by the rank's own tokens where it drops, and for top-1.
+    """
+    if not (moe.enabled and moe.backend == "deepspeed" and moe.ep_size > 1):
+        return []
+    if moe.dispatch == "dropless" and moe.top_k > 1:
+        return []
+    what = f"deepspeed with moe.ep_size = {moe.ep_size}, moe.dispatch {moe.dispatch} and moe.top_k = {moe.top_k}"
+    allowed = "its ranks need batches of one size here: choose moe.backend custom, or moe.ep_size 1"
+    return [Problem("moe.backend", what, allowed + ", or dropless with moe.top_k above 1")]

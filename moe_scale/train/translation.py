@@ -28,7 +28,7 @@ from moe_scale.models.seq2seq_counts import num_active_params, num_params, train
 from moe_scale.parallel import device
 from moe_scale.parallel.groups import ParallelGroups
 from moe_scale.train.finished import write_files
-from moe_scale.train.task import Task
+from moe_scale.train.task import Task, unequal_batches
 
 
 class TranslationTask(Task):
@@ -46,21 +46,7 @@ class TranslationTask(Task):
             self.scores |= {"eval/bleu": "higher", "eval/chrf": "higher"}
 
     def check(self) -> list[Problem]:
-        return check_pair_source(self.config.data) + self._unequal_batches()
-
-    def _unequal_batches(self) -> list[Problem]:
-        """What fails where ranks that exchange tokens have different numbers of them, as here.
-
-        ``deepspeed.moe`` sizes the exchanged buffers by the rank's own tokens where it drops, and for top-1.
-        """
-        moe = self.config.moe
-        if not (moe.enabled and moe.backend == "deepspeed" and moe.ep_size > 1):
-            return []
-        if moe.dispatch == "dropless" and moe.top_k > 1:
-            return []
-        what = f"deepspeed with moe.ep_size = {moe.ep_size}, moe.dispatch {moe.dispatch} and moe.top_k = {moe.top_k}"
-        allowed = "its ranks need batches of one size here: choose moe.backend custom, or moe.ep_size 1"
-        return [Problem("moe.backend", what, allowed + ", or dropless with moe.top_k above 1")]
+        return check_pair_source(self.config.data) + unequal_batches(self.config.moe)
 
     def prepare(self, say: Callable[[str], None]) -> None:
         prepare_pairs(self.config.data, self.config.model.vocab_size, say)

@@ -17,7 +17,7 @@ from moe_scale import cli
 from moe_scale.parallel import device as devices
 from moe_scale.parallel import launch as launches
 from moe_scale.train.recipe import Recipe, prepare_job
-from recipes import classifier, lm_16l, switch, translation
+from recipes import classifier, lm_16l, multimodal, switch, translation
 from tests.curves import TINY_SWITCH, write_words
 from tests.ranks import REPO, free_port, run_ranks
 from tests.unit.checkpoint.builders import small_config, write_checkpoint
@@ -36,6 +36,7 @@ RECIPES = {
     "recipes/translation.py": translation.RECIPE,
     "recipes/classifier.py": classifier.RECIPE,
     "recipes/switch.py": switch.RECIPE,
+    "recipes/multimodal.py": multimodal.RECIPE,
 }
 
 

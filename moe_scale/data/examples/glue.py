@@ -23,16 +23,24 @@ FIELDS = {
 }
 """Task to the fields with its texts. STS-B has scores and no classes."""
 
+SCORED_FIELDS = {"stsb": ("sentence1", "sentence2")}
+"""The same for tasks whose labels are scores."""
+
 HELDOUT = dict.fromkeys(FIELDS, "validation") | {"mnli": "validation_matched"}
 """The split that is held out: the labels of the test sets are not public."""
 
 
-def glue_problems(source: str) -> list[Problem]:
-    """What cannot work about ``data.source``; asks no network."""
-    task = source.removeprefix(PREFIX)
-    if task not in FIELDS:
-        known = ", ".join(PREFIX + name for name in FIELDS)
-        return [Problem("data.source", f"GLUE has no classification task {task!r}", f"choose one of {known}")]
+def glue_problems(source: str, *, scored: bool = False) -> list[Problem]:
+    """What cannot work about ``data.source``; asks no network.
+
+    Args:
+        scored: tasks whose labels are scores are allowed as well.
+    """
+    task, tasks = source.removeprefix(PREFIX), FIELDS | (SCORED_FIELDS if scored else {})
+    if task not in tasks:
+        known = ", ".join(PREFIX + name for name in tasks)
+        kind = "task" if scored else "classification task"
+        return [Problem("data.source", f"GLUE has no {kind} {task!r}", f"choose one of {known}")]
     if importlib.util.find_spec("datasets") is None:
         return [Problem("data.source", f"{source} needs the datasets library", "pip install datasets", True)]
     return []
@@ -45,5 +53,6 @@ def glue_records(source: str, split: str) -> Iterator[tuple[str, tuple[str, ...]
         ConfigError: at ``data.source``, when the hub cannot be reached and its cache has no copy.
     """
     task = source.removeprefix(PREFIX)
+    fields = (FIELDS | SCORED_FIELDS)[task]
     for row, record in enumerate(load_rows(REPOSITORY, task, split), start=1):
-        yield f"{source} {split}, row {row}", tuple(record[name] for name in FIELDS[task]), record["label"]
+        yield f"{source} {split}, row {row}", tuple(record[name] for name in fields), record["label"]

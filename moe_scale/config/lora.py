@@ -1,0 +1,34 @@
+"""Settings of low-rank adapters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moe_scale.config.base import Fraction, NonNegativeInt, PositiveFloat, Strict, setting
+from moe_scale.errors import Problem
+
+
+@dataclass(frozen=True)
+class LoRAConfig(Strict):
+    """Low-rank adapters (LoRA, arXiv 2106.09685): the model stays as it is, and small matrices beside it learn."""
+
+    rank: NonNegativeInt = setting(0, "rank of the adapters (r); 0 means none, and the whole model is trained")
+    alpha: PositiveFloat = setting(16.0, "an adapter's output is multiplied by alpha / rank")
+    dropout: Fraction = setting(0.0, "of an adapter's input, in training")
+    targets: tuple[str, ...] = setting(
+        ("*_proj", "query", "key_value", "out"),
+        "linear layers that get an adapter, by the end of their dotted names; * stands for any characters, as in "
+        "image.*.q_proj",
+    )
+    also_trained: tuple[str, ...] = setting(
+        (), "modules that are trained whole beside the adapters, by the end of their dotted names, as head"
+    )
+
+    @property
+    def enabled(self) -> bool:
+        return self.rank > 0
+
+    def problems(self, where: str) -> list[Problem]:
+        if self.enabled and not self.targets:
+            return [Problem(f"{where}.targets", "none, with adapters to be trained", "name linear layers, as query")]
+        return []

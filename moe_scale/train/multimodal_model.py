@@ -1,0 +1,83 @@
+"""What a run of ``multimodal`` trains: the model with what it begins with, and what is kept of its adapters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from moe_scale.config import MultimodalConfig
+from moe_scale.data.examples.vocabulary import Subwords
+from moe_scale.errors import Problem
+from moe_scale.models.lora import adapter_problems, adapters, add_adapters, save_adapters
+from moe_scale.models.text_image import TextImageModel
+from moe_scale.models.vit_weights import load_vit, vit_problems
+from moe_scale.parallel.groups import ParallelGroups
+from moe_scale.parallel.zero import full_shape
+from moe_scale.train.pretrained import begin_with, pretrained_problems
+
+KIND = "text-image"
+ADAPTERS, VIT_ADAPTERS = "adapters", "adapters_vit"
+"""Folders of a run with its adapters, as peft has them: of the whole model, and of its image encoder alone, which fit a
+ViT of Hugging Face."""
+
+
+def build_text_image(config: MultimodalConfig, groups: ParallelGroups) -> TextImageModel:
+    """The model with what it begins with: weights that are drawn, of a ViT, of an earlier run; and adapters."""
+    model = TextImageModel(config.model, config.moe, groups, config.seed)
+    if config.model.vit_weights:
+        assert model.image is not None
+        load_vit(model.image, config.model.vit_weights)
+    if config.model.pretrained:
+        begin_with("model.pretrained", config.model.pretrained, KIND, model)
+    if config.lora.enabled:
+        add_adapters(model, config.lora, config.seed)
+    return model
+
+
+def vocabulary_of(pretrained: str) -> Path | None:
+    """The vocabulary that lies beside the checkpoints of a run, or of the run that a checkpoint is of."""
+    path = Path(pretrained).expanduser().resolve()
+    for folder in (path, *path.parents[:2]):
+        if (folder / Subwords.file_name).is_file():
+            return folder / Subwords.file_name
+    return None
+
+
+def model_problems(config: MultimodalConfig) -> list[Problem]:
+    """What is wrong with what the model begins with, and with the names of what is adapted."""
+    found = []
+    with torch.device("meta"):
+        model = TextImageModel(config.model, config.moe)
+    if config.model.vit_weights:
+        found += vit_problems(config.model.vit_weights, config.model.image)
+    if config.model.pretrained:
+        found += pretrained_problems("model.pretrained", config.model.pretrained, KIND, model)
+        if not found and vocabulary_of(config.model.pretrained) is None:
+            what = f"{config.model.pretrained} has no {Subwords.file_name} beside its checkpoints"
+            allowed = "name a run's folder as it was left: its tokens mean nothing in other words"
+            found.append(Problem("model.pretrained", what, allowed, this_host_only=True))
+    return found + (adapter_problems(model, config.lora) if config.lora.enabled else [])
+
+
+def trained_line(model: nn.Module, config: MultimodalConfig) -> list[tuple[str, str]]:
+    """A line of the summary about adapters; none without."""
+    if not config.lora.enabled:
+        return []
+    count = sum(full_shape(parameter).numel() for parameter in model.parameters() if parameter.requires_grad)
+    where = f"{len(adapters(model))} layers, rank {config.lora.rank}"
+    return [("adapters", f"{count:,} parameters trained, those of {where}, and the rest left as it was")]
+
+
+def keep_adapters(model: nn.Module, config: MultimodalConfig, run_dir: Path, *, write: bool) -> None:
+    """Write the run's adapters; all ranks together.
+
+    Args:
+        write: False on ranks that only help to gather.
+    """
+    base = config.model.pretrained or config.model.vit_weights
+    save_adapters(model, config.lora, run_dir / ADAPTERS, base=base, write=write)
+    assert isinstance(model, TextImageModel)
+    if model.image is not None and adapters(model.image):
+        save_adapters(model.image, config.lora, run_dir / VIT_ADAPTERS, base=config.model.vit_weights, write=write)
