@@ -47,7 +47,7 @@ FIXED = {
     "moe.num_experts": 8,
     "moe.intermediate_size": 256,
     "data.seq_len": 128,
-    "data.holdout_fraction": 0.25,
+    "data.holdout_fraction": 0.5,
     "optim.lr": 3e-3,
     "optim.schedule": "constant",
     "optim.warmup_steps": 40,
