@@ -57,6 +57,8 @@ FIXED = {
     "telemetry.tensorboard": "false",
 }
 """The settings of all runs: without anything that holds overfitting back."""
+HELDOUT = {"plain": 0.5, "skewed": 0.25}
+"""Shares that hold the same pieces out of both: copies of one text are on one side, and so many are trained on."""
 BYTES_A_STEP = 8 * 128
 """Sequences of the CPU's DeepSpeed JSON, and the bytes of each."""
 PANELS = {
@@ -158,7 +160,8 @@ def train(folder: Path, data: str, arguments: argparse.Namespace) -> None:
         changes = dict(word.split("=", 1) for word in words)
         # What one variant changes, all of them have to say.
         variants += ["--variant", f"{name}: {shlex.join(f'{key}={value}' for key, value in (base | changes).items())}"]
-    flags = [word for key, value in FIXED.items() for word in (f"--{key}", str(value))]
+    settings = FIXED | {"data.holdout_fraction": HELDOUT[data]}
+    flags = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
     command = [
         sys.executable, "-m", "moe_scale.cli", "sweep", "recipes/switch.py", "--output_dir", str(folder / data),
         "--parallel", str(arguments.parallel), *variants, "--max_steps", str(arguments.max_steps), "--eval.every",
@@ -198,7 +201,7 @@ def read_run(run: Path) -> dict[str, Any]:
 def epoch_steps(texts: dict[str, Any], data: str, variant: str) -> float:
     """Steps of a pass over the training text."""
     name = f"{data}-more" if "{more}" in VARIANTS[variant] else data
-    return texts[name]["bytes"] * (1 - FIXED["data.holdout_fraction"]) / BYTES_A_STEP
+    return texts[name]["bytes"] * (1 - HELDOUT[data]) / BYTES_A_STEP
 
 
 def table(texts: dict[str, Any], data: str, runs: dict[str, Any]) -> str:
