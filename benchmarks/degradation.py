@@ -2,8 +2,8 @@
 
     python benchmarks/degradation.py --output_dir runs/degradation
 
-Two texts are made of the installed sample. `plain` are pieces of plays; `skewed` are the same pieces, and as much again
-of one speech, repeated. On each, `recipes/switch.py` is trained far past the point where the held-out loss turns, as it
+Two texts are made of the installed sample. `plain` are pieces of plays; `skewed` are half of these pieces, and one
+speech as often as there are pieces. On each, `recipes/switch.py` is trained far past the point where the held-out loss turns, as it
 is and with one thing changed at a time, by `moe-scale sweep`, which goes on where it was when it is started again.
 """
 
@@ -58,7 +58,7 @@ FIXED = {
 }
 """The settings of all runs: without anything that holds overfitting back."""
 HELDOUT = {"plain": 0.5, "skewed": 0.25}
-"""Shares that hold the same pieces out of both: copies of one text are on one side, and so many are trained on."""
+"""Shares that are held out: half of the pieces. Copies of one text are all on one side, and so many are trained on."""
 BYTES_A_STEP = 8 * 128
 """Sequences of the CPU's DeepSpeed JSON, and the bytes of each."""
 PANELS = {
@@ -113,14 +113,14 @@ def write_texts(folder: Path, kilobytes: int) -> dict[str, dict[str, int]]:
     pieces = [piece for text in read_documents(TextDataConfig(), SourceReport()) for piece in cut(text)]
     random.Random(SEED).shuffle(pieces)
     few, many = first_bytes(pieces, 1000 * kilobytes), first_bytes(pieces, 4000 * kilobytes)
-    speech = [pieces[-1]]
-    sizes = {}
+    half, double = few[: len(few) // 2], many[: len(many) // 2]
+    speech, sizes = [pieces[-1]], {}
     folder.mkdir(parents=True, exist_ok=True)
     for name, some in {
         "plain": few,
         "plain-more": many,
-        "skewed": few + speech * len(few),
-        "skewed-more": many + speech * len(many),
+        "skewed": half + speech * len(half),
+        "skewed-more": double + speech * len(double),
     }.items():
         lines = [json.dumps({"text": piece}, ensure_ascii=False) + "\n" for piece in some]
         (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
