@@ -3,8 +3,9 @@
     python benchmarks/degradation.py --output_dir runs/degradation
 
 Two texts are made of the installed sample. `plain` are pieces of plays; `skewed` are half of these pieces, and one
-speech as often as there are pieces. On each, `recipes/switch.py` is trained far past the point where the held-out loss turns, as it
-is and with one thing changed at a time, by `moe-scale sweep`, which goes on where it was when it is started again.
+speech as often as there are pieces. On each, `recipes/switch.py` is trained far past the point where the held-out loss
+turns, as it is and with one thing changed at a time, by `moe-scale sweep`, which goes on where it was when it is
+started again.
 """
 
 from __future__ import annotations
