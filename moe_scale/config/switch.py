@@ -46,7 +46,11 @@ class SwitchModelConfig(Strict):
         "pre", "norm before each sublayer and after the last layer (pre), or after each sublayer (post)"
     )
     norm_eps: PositiveFloat = setting(1e-5, "epsilon of every LayerNorm")
-    positions: Literal["sinusoidal", "learned"] = setting("sinusoidal", "the vector added to each token's")
+    positions: Literal["alibi", "sinusoidal", "learned"] = setting(
+        "alibi",
+        "alibi (attention scores fall with the distance, arXiv 2108.12409), or a vector added to each token's, fixed "
+        "(sinusoidal) or learned",
+    )
     max_positions: PositiveInt = setting(1024, "positions=learned: positions that a sequence may have")
     init_scale: Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)] = setting(
         0.1,

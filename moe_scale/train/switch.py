@@ -119,7 +119,8 @@ class SwitchTask(TextTask):
         """The prompt with what the model wrote in place of its sentinels."""
         prompt = self._prompt(self.tokenizer, self.first_sentinel)
         model = functools.partial(engine, prefix=len(prompt), last_only=True)
-        written = self.sampled(engine, model, prompt, self.config.sequence_length)
+        length = self.config.sequence_length
+        written = self.sampled(engine, model, prompt, min(self.config.eval.sample_tokens, length - len(prompt)), length)
         end = max(prompt) + 1  # the sentinel after the last one of the prompt
         return self.tokenizer.decode(restore(prompt, written[: (*written, end).index(end)], self.first_sentinel))
 
@@ -129,10 +130,11 @@ class SwitchTask(TextTask):
         Raises:
             ConfigError: at ``eval.prompt``, when it names a sentinel that there is not, or is too long.
         """
-        config = self.config
-        prompt = encode_with_sentinels(tokenizer, config.eval.prompt, first_sentinel, "eval.prompt")
-        room = config.sequence_length - config.eval.sample_tokens
-        if len(prompt) > room:
-            what = f"{len(prompt)} tokens, and with eval.sample_tokens more it is longer than a sequence"
-            raise ConfigError(Problem("eval.prompt", what, f"shorten it to {room} tokens, or choose fewer of these"))
-        return prompt if any(token >= first_sentinel for token in prompt) else []
+        prompt = encode_with_sentinels(tokenizer, self.config.eval.prompt, first_sentinel, "eval.prompt")
+        if not any(token >= first_sentinel for token in prompt):
+            return []
+        longest = self.config.sequence_length - 1
+        if len(prompt) > longest:
+            what = f"{len(prompt)} tokens leave no room in a sequence of {self.config.sequence_length}"
+            raise ConfigError(Problem("eval.prompt", what, f"shorten it to {longest} tokens"))
+        return prompt

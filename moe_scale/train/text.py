@@ -113,28 +113,32 @@ class TextTask(Task):
 
     def continued(self, engine: Any) -> str:
         """The prompt of the settings with what the model goes on with; all ranks together."""
-        text = self.config.eval.prompt
+        config = self.config
+        text = config.eval.prompt
         prompt = [self.tokenizer.eot_id, *self.tokenizer.encode(text)]
         model = functools.partial(engine, last_only=True)
-        return text + self.tokenizer.decode(self.sampled(engine, model, prompt, self.config.data.seq_len))
+        return text + self.tokenizer.decode(
+            self.sampled(engine, model, prompt, config.eval.sample_tokens, config.data.seq_len)
+        )
 
-    def sampled(self, engine: Any, model: Callable[..., Any], prompt: list[int], window: int) -> list[int]:
-        """Tokens that follow the prompt, drawn as the settings say; all ranks together.
+    def sampled(
+        self, engine: Any, model: Callable[..., Any], prompt: list[int], num_tokens: int, window: int
+    ) -> list[int]:
+        """Tokens that follow the prompt, drawn as at every end of a run; all ranks together.
 
         Args:
             model: what runs the engine on token ids.
             window: of so many of the last ones.
         """
-        config = self.config
         engine.eval()
         try:
             return sample_ids(
                 model,
                 self.tokenizer,
                 prompt,
-                num_tokens=config.eval.sample_tokens,
+                num_tokens=num_tokens,
                 window=window,
-                seed=config.seed,
+                seed=self.config.seed,
                 device=device.current(),
             )
         finally:

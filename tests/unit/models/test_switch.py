@@ -19,10 +19,13 @@ from moe_scale.config import SwitchModelConfig, SwitchMoEConfig
 from moe_scale.models.build import build_model
 from moe_scale.models.switch import SwitchLayer, SwitchLM
 from moe_scale.models.switch_counts import num_active_params, num_params, training_flops_per_token
+from moe_scale.models.transformer import sinusoids
 from moe_scale.settings import to_dict
 
 VOCAB = 61
-MODEL = SwitchModelConfig(vocab_size=VOCAB, num_layers=2, d_model=24, num_heads=4, dropout=0.0, bias=True)
+MODEL = SwitchModelConfig(
+    vocab_size=VOCAB, num_layers=2, d_model=24, num_heads=4, dropout=0.0, bias=True, positions="sinusoidal"
+)
 MOE = SwitchMoEConfig(num_experts=4, intermediate_size=16, dispatch="dropless", expert_bias=True)
 
 
@@ -85,7 +88,7 @@ def test_one_expert_equals_torchs_encoder(
     causal = nn.Transformer.generate_square_subsequent_mask(9, dtype=torch.float64)
 
     logits = model(ids_BS)
-    places = model._vectors(torch.arange(9)).double()
+    places = sinusoids(torch.arange(9), config.d_model).double()
     theirs = twin(model.embedding(ids_BS) * config.d_model**0.5 + places, mask=causal, is_causal=True)
     expected = theirs @ model.embedding.weight.T
     torch.testing.assert_close(logits, expected, atol=1e-10, rtol=1e-10)
@@ -101,6 +104,18 @@ def test_one_expert_equals_torchs_encoder(
         torch.testing.assert_close(grad.view_as(wanted), wanted, atol=1e-9, rtol=1e-9, msg=name)
 
 
+def test_alibi_is_a_bias_of_torchs_attention() -> None:
+    config, moe = replace(MODEL, positions="alibi", num_layers=1), replace(MOE, num_experts=1, every=1)
+    model = build(config, moe, torch.float64)
+    ids_BS = tokens(2, 9)
+    steps = torch.arange(9)
+    slopes = torch.tensor([2.0**-2, 2.0**-4, 2.0**-6, 2.0**-8], dtype=torch.float64)
+    bias = -slopes[:, None, None] * (steps[:, None] - steps).abs()
+    bias = bias.masked_fill(steps > steps[:, None], float("-inf")).repeat(2, 1, 1)
+    theirs = torch_twin(model)(model.embedding(ids_BS) * config.d_model**0.5, mask=bias)
+    torch.testing.assert_close(model(ids_BS), theirs @ model.embedding.weight.T, atol=1e-10, rtol=1e-10)
+
+
 def test_a_sparse_layer_is_torchs_layer_without_its_feed_forward() -> None:
     dense, sparse = build().layers
     assert isinstance(dense, nn.TransformerEncoderLayer)
@@ -109,7 +124,7 @@ def test_a_sparse_layer_is_torchs_layer_without_its_feed_forward() -> None:
     assert not hasattr(sparse, "linear1")
 
 
-POSITIONS = ["sinusoidal", "learned"]
+POSITIONS = ["alibi", "sinusoidal", "learned"]
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
