@@ -44,6 +44,7 @@ VARIANTS = {
 """What is changed, and the settings that change it."""
 FIXED = {
     "model.num_layers": 2,
+    "model.positions": "sinusoidal",
     "moe.every": 1,
     "moe.num_experts": 8,
     "moe.intermediate_size": 256,

@@ -29,7 +29,8 @@ RECIPE = Recipe(
         # Characters of Shakespeare, some minutes on two cores.
         "cpu": {
             "deepspeed_config": f"ds_configs/zero3_cpu{'' if has_fast_bf16_cpu() else '_fp32'}.json",
-            "max_steps": 900,
+            "max_steps": 1200,
+            "data": {"seq_len": 128},
             "optim": {"lr": 2e-3, "warmup_steps": 100, "beta2": 0.98},
             "eval": {"every": 150, "max_tokens": 32_768},
             "telemetry": {"every": 20},

@@ -73,19 +73,20 @@ class Strict:
 
 
 def head_problems(
-    where: str, width: int, width_name: str, num_heads: int, head_dim: int, *, rotary: bool
+    where: str, width: int, width_name: str, num_heads: int, head_dim: int | None, *, rotary: bool
 ) -> list[Problem]:
     """Whether heads divide the model's width, or have one of their own, and can be turned.
 
     Args:
         where: the section, as ``model``.
         width, width_name: of the model, and the setting that it is.
-        head_dim: width of a head; 0 takes its share of the model's.
+        head_dim: width of a head; 0 takes its share of the model's; None is no setting of this model, and does too.
         rotary: positions turn pairs of a head's values.
     """
     if not head_dim and width % num_heads:
         what = f"{num_heads} does not divide {where}.{width_name} = {width}"
-        return [Problem(f"{where}.num_heads", what, f"choose one of {divisors(width)} or set {where}.head_dim")]
+        instead = "" if head_dim is None else f" or set {where}.head_dim"
+        return [Problem(f"{where}.num_heads", what, f"choose one of {divisors(width)}{instead}")]
     head_width = head_dim or width // num_heads
     if rotary and head_width % 2:
         what = f"heads are {head_width} wide, which is odd"

@@ -46,7 +46,11 @@ class SwitchModelConfig(Strict):
         "pre", "norm before each sublayer and after the last layer (pre), or after each sublayer (post)"
     )
     norm_eps: PositiveFloat = setting(1e-5, "epsilon of every LayerNorm")
-    positions: Literal["sinusoidal", "learned"] = setting("sinusoidal", "the vector added to each token's")
+    positions: Literal["alibi", "sinusoidal", "learned"] = setting(
+        "alibi",
+        "alibi (attention scores fall with the distance, arXiv 2108.12409), or a vector added to each token's, fixed "
+        "(sinusoidal) or learned",
+    )
     max_positions: PositiveInt = setting(1024, "positions=learned: positions that a sequence may have")
     init_scale: Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)] = setting(
         0.1,
@@ -84,7 +88,7 @@ class SwitchModelConfig(Strict):
         return noise, spans
 
     def problems(self, where: str) -> list[Problem]:
-        return head_problems(where, self.d_model, "d_model", self.num_heads, 0, rotary=False)
+        return head_problems(where, self.d_model, "d_model", self.num_heads, None, rotary=False)
 
 
 @dataclass(frozen=True)
@@ -138,7 +142,7 @@ class SwitchEvalConfig(EvalConfig):
     prompt: str = setting(
         "ROMEO.\n",
         "text that the sample at the end of the run continues; with span_corruption <extra_id_0>, <extra_id_1> ... "
-        "stand for what is missing; empty skips it",
+        "stand for what is missing, and a prompt without any is skipped; empty skips it",
     )
     sample_tokens: NonNegativeInt = setting(200, "tokens generated at the end of the run; 0 skips it")
 
@@ -172,11 +176,15 @@ class SwitchConfig(RunConfig):
         model, text = self.model, self.data.seq_len
         if text < 2:
             return [Problem("data.seq_len", f"{text}: there is nothing to cut a span out of", "choose at least 2")]
+        found = []
+        if self.eval.max_tokens < text:
+            what = f"{self.eval.max_tokens} < data.seq_len = {text}: no whole text would be scored"
+            found.append(Problem("eval.max_tokens", what, f"choose at least {text}"))
         spans = model.span_lengths(text)[1]
         if spans + 1 > model.num_sentinels:
             what = f"{model.num_sentinels} < {spans + 1}: {spans} spans of data.seq_len = {text}, and one for the end"
-            return [Problem("model.num_sentinels", what, f"choose at least {spans + 1}, or longer spans")]
-        return []
+            found.append(Problem("model.num_sentinels", what, f"choose at least {spans + 1}, or longer spans"))
+        return found
 
     def remarks(self) -> list[str]:
         found = super().remarks()

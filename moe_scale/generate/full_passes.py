@@ -59,7 +59,7 @@ class FullPasses:
         return torch.stack([self.forward(ids_BS)[0, -1] for ids_BS in seen]), rows
 
 
-def sample_text(
+def sample_ids(
     forward: Callable[..., Any],
     tokenizer: Tokenizer,
     prompt: list[int],
@@ -70,8 +70,8 @@ def sample_text(
     device: torch.device,
     temperature: float = 0.8,
     top_k: int = 50,
-) -> str:
-    """The text of ``num_tokens`` tokens that follow ``prompt``, end-of-text tokens spelled out.
+) -> list[int]:
+    """``num_tokens`` tokens that follow ``prompt``, end-of-text tokens and what is after them included.
 
     With a sharded model all ranks must call it together: they take the same number of forward passes, whatever they
     draw, and draw the same tokens, from the same seed.
@@ -84,4 +84,4 @@ def sample_text(
     batch: Batch[int] = Batch(FullPasses(forward, window), tokenizer, context=len(prompt) + num_tokens, device=device)
     sampling = Sampling(temperature=temperature, top_k=top_k, seed=seed)
     request = Request(prompt, num_tokens, sampling, stop_at_eot=False)
-    return "".join(event.text for event in generate(batch, [(0, request)], batch_size=1))
+    return [event.token for event in generate(batch, [(0, request)], batch_size=1)]

@@ -1,4 +1,7 @@
-"""Attention with linear biases (ALiBi, arXiv 2108.12409), symmetric as an encoder needs it. H heads, S sequence."""
+"""Attention with linear biases (ALiBi, arXiv 2108.12409), symmetric as an encoder needs it.
+
+Shapes: H heads, T queries, S sequence.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +22,16 @@ def alibi_slopes(num_heads: int) -> list[float]:
     return slopes + alibi_slopes(2 * power)[::2][: num_heads - power]
 
 
-def alibi_bias(length: int, num_heads: int, device: torch.device) -> Tensor:
-    """What is added to the attention scores: -slope * |i - j|, fp32 [H, S, S].
+def alibi_bias(length: int, num_heads: int, device: torch.device, queries: int | None = None) -> Tensor:
+    """What is added to the attention scores: -slope * |i - j|, fp32 [H, T, S].
 
     The distance counts alike in both directions. Left and right are told apart by what is at a known place: the first
     token, say, which is further from the last one.
+
+    Args:
+        length: S.
+        queries: the last T positions alone look; None for all.
     """
     places = torch.arange(length, dtype=torch.float32, device=device)
-    distances_SS = (places[:, None] - places[None, :]).abs()
-    return -torch.tensor(alibi_slopes(num_heads), device=device)[:, None, None] * distances_SS
+    distances_TS = (places[length - (queries or length) :, None] - places[None, :]).abs()
+    return -torch.tensor(alibi_slopes(num_heads), device=device)[:, None, None] * distances_TS

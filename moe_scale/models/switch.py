@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moe_scale.config import MoEConfig, SwitchModelConfig
 from moe_scale.initialization import Init
+from moe_scale.models.alibi import alibi_bias
 from moe_scale.models.attention import attention_mask
 from moe_scale.models.cache import KeysValues, Past, positions_of
 from moe_scale.models.decoder import LMOutput
@@ -52,7 +53,8 @@ class SelfAttention(nn.MultiheadAttention):
 
         Args:
             past: keys and values of the positions before these.
-            mask: bool, broadcast to [B, H, T, S], True where a query may look; None means causal.
+            mask: broadcast to [B, H, T, S]: bool, True where a query may look, or what is added to the scores; None
+                means causal.
 
         Returns:
             y_BTD, and the keys and values of all positions so far.
@@ -221,8 +223,11 @@ class SwitchLM(nn.Module):
         Returns:
             the last layer's output, normed; the sparse layers' statistics; keys and values of all tokens so far.
         """
+        vectors = self._vectors(positions)
         x_BTD = self.embedding(ids_BT) * self.config.d_model**0.5  # the embedding is drawn small enough for a head
-        x_BTD = self.dropout(x_BTD + self._vectors(positions).to(x_BTD.dtype))
+        x_BTD = self.dropout(x_BTD if vectors is None else x_BTD + vectors.to(x_BTD.dtype))
+        total = ids_BT.shape[1] + (0 if past is None else past[0].keys.shape[2])
+        mask = self._biased(mask, ids_BT.shape[1], total, x_BTD)
         stats, so_far = [], []
         recompute = self.config.activation_checkpointing and torch.is_grad_enabled()
         for number, layer in enumerate(self.layers):
@@ -232,8 +237,23 @@ class SwitchLM(nn.Module):
             so_far.append(kept)
         return self.norm(x_BTD), stats, tuple(so_far)
 
-    def _vectors(self, positions: Tensor) -> Tensor:
-        """What positions add to the stream, [..., D]."""
+    def _biased(self, mask: Tensor | None, new: int, total: int, like: Tensor) -> Tensor | None:
+        """The mask of the last ``new`` of ``total`` columns, with what ALiBi adds to the scores.
+
+        Rows are padded on the left, so columns are as far apart as the positions in them.
+        """
+        if self.config.positions != "alibi":
+            return mask
+        if mask is None:  # causal
+            columns = torch.arange(total, device=like.device)
+            mask = columns <= columns[total - new :].unsqueeze(1)
+        bias_HTS = alibi_bias(total, self.config.num_heads, like.device, new).to(like.dtype)
+        return bias_HTS.masked_fill(~mask, float("-inf"))
+
+    def _vectors(self, positions: Tensor) -> Tensor | None:
+        """What positions add to the stream, [..., D]; None for nothing."""
+        if self.config.positions == "alibi":
+            return None
         if self.positions is not None:
             return self.positions(positions) * self.config.d_model**0.5
         return sinusoids(positions.flatten(), self.config.d_model).unflatten(0, positions.shape)

@@ -28,7 +28,7 @@ def training_flops_per_token(model: SwitchModelConfig, moe: MoEConfig, length: i
         prefix: so many of the first tokens see each other, and have no targets but the last of them.
     """
     weights = stack_params(model, moe, layers=model.num_layers, attentions=1, active=True).matrices
-    seen = (max(prefix, 1) * prefix + sum(range(prefix + 1, length + 1))) / length
+    seen = (prefix * prefix + sum(range(prefix + 1, length + 1))) / length
     with_target = (length - max(prefix - 1, 0)) / length
     head = with_target * model.vocab_size * model.d_model
     return 3 * (2 * (weights + head) + model.num_layers * 4 * model.d_model * seen)

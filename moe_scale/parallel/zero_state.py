@@ -72,7 +72,8 @@ def squared_weight_norms(engine: Any, label: Callable[[str], Hashable]) -> dict[
     sums = torch.zeros(len(labels), dtype=torch.float64)
     for held in held_state(engine):
         if held.writer:
-            sums[labels.index(label(held.name))] += held.values.detach().double().square().sum().cpu()
+            norm = torch.linalg.vector_norm(held.values.detach(), dtype=torch.float64)  # without a wider copy
+            sums[labels.index(label(held.name))] += norm.cpu().square()
     torch.distributed.all_reduce(sums, group=host_group())
     return dict(zip(labels, sums.tolist(), strict=True))
 

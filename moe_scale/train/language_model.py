@@ -10,9 +10,8 @@ from moe_scale.data.text import Batch
 from moe_scale.models.counts import num_active_params, num_params, training_flops_per_token
 from moe_scale.models.decoder import DecoderLM, LMOutput
 from moe_scale.models.layers import is_sparse
-from moe_scale.parallel import device
 from moe_scale.parallel.groups import ParallelGroups
-from moe_scale.train.text import TextTask, last_logits, summary_of_scores
+from moe_scale.train.text import TextTask, inputs_of, summary_of_scores
 
 
 class LanguageModelTask(TextTask):
@@ -30,13 +29,8 @@ class LanguageModelTask(TextTask):
         return DecoderLM(self.config.model, self.config.moe, groups, self.config.seed)
 
     def forward(self, engine: Any, batch: Batch) -> LMOutput:
-        where = device.current()
-        # Sequences that lie inside one document need no mask, and attention without one is faster. Decided here,
-        # where the ids are still on the host.
-        one_document = bool((batch.document_ids_BS == 0).all())
-        documents = None if one_document else batch.document_ids_BS.to(where)
-        padded = bool((batch.document_ids_BS < 0).any())
-        return engine(batch.ids_BS.to(where), batch.targets_BS.to(where), documents, padded=padded)
+        inputs, known = inputs_of(batch)
+        return engine(*inputs, **known)
 
     def evaluate(self, engine: Any) -> dict[str, Any]:
         return self.scored(engine, engine, self.config.eval.sink_sequences).record()
@@ -50,5 +44,4 @@ class LanguageModelTask(TextTask):
             lines.append(("attention sink", f"{sink:.1%} of attention goes to the first token"))
         if not config.eval.prompt or not config.eval.sample_tokens:
             return lines
-        prompt = [self.tokenizer.eot_id, *self.tokenizer.encode(config.eval.prompt)]
-        return [*lines, ("sample", config.eval.prompt + self.sampled(engine, last_logits(engine), prompt))]
+        return [*lines, ("sample", self.continued(engine))]

@@ -188,7 +188,7 @@ class Run:
         self.bad_steps = BadSteps(config.faults)
         self.spikes = SpikeWatch(config.faults)
         self.collapse = CollapseWatch(config.faults, job.task.sparse_layers, config.moe.top_k)
-        self.routers = RouterWatch(config.faults, job.task.sparse_layers)
+        self.routers = RouterWatch(config.faults, job.task.sparse_layers, config.moe.router)
         self.overfitting = OverfittingWatch(config.faults)
         self.patience: Patience | None = None
         if metric := config.early_stopping.metric:

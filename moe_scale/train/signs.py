@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -51,10 +52,11 @@ class RouterWatch:
 
     Args:
         layers: numbers of the sparse layers.
+        router: their kind. Experts that choose leave tokens to others: that is no sign there.
     """
 
-    def __init__(self, config: FaultConfig, layers: Sequence[int]):
-        self.config, self.layers = config, layers
+    def __init__(self, config: FaultConfig, layers: Sequence[int], router: str = "softmax"):
+        self.config, self.layers, self.router = config, layers, router
         self._since: dict[tuple[str, int], int] = {}
         self._warned: set[tuple[str, int]] = set()
 
@@ -69,7 +71,8 @@ class RouterWatch:
         columns = ("router/dropped", "router/entropy", "router/logit_rms", "router/tokens_per_expert")
         for layer, *row in zip(self.layers, *(record.get(name, []) for name in columns), strict=False):
             dropped, entropy, logit_rms, counts = row
-            if self._for_long("dropped", layer, dropped > self.config.dropped_share, record["step"]):
+            many = dropped > self.config.dropped_share and self.router != "expert_choice"
+            if self._for_long("dropped", layer, many, record["step"]):
                 found.append(
                     f"warning: the experts of layer {layer} turn {dropped:.0%} of their tokens away, and have for "
                     f"{self.config.collapse_steps} steps: raise --moe.capacity_factor or --moe.aux_loss_weight, or use "
@@ -117,6 +120,8 @@ class OverfittingWatch:
         if not self._trained or not self.config.overfit_evaluations:
             return []
         training, self._trained = statistics.fmean(self._trained), []
+        if not math.isfinite(loss):
+            return []
         if self._best is None or loss < self._best[0]:
             self._best, self._above = (loss, step, training), 0
             return []
@@ -128,5 +133,5 @@ class OverfittingWatch:
         return [
             f"warning: the held-out loss was {best:.4f} at step {at} and is {loss:.4f}, while the training loss fell "
             f"from {then:.4f} to {training:.4f}: the model overfits. Stop here (--early_stopping.metric eval/loss), "
-            "train on more data, or raise --model.dropout, --moe.expert_dropout or --optim.weight_decay"
+            "train on more data, or with more dropout or --optim.weight_decay"
         ]

@@ -13,7 +13,7 @@ from moe_scale.data.text import Batch, StreamedText, eval_batches, open_text, tr
 from moe_scale.data.tokenizer import load_tokenizer
 from moe_scale.errors import ConfigError, Problem
 from moe_scale.evaluate.language_model import LMScores, score
-from moe_scale.generate.full_passes import sample_text
+from moe_scale.generate.full_passes import sample_ids
 from moe_scale.parallel import device
 from moe_scale.train.task import Task
 
@@ -111,31 +111,51 @@ class TextTask(Task):
         finally:
             engine.train()
 
-    def sampled(self, engine: Any, model: Callable[..., Any], prompt: list[int]) -> str:
-        """Text that follows the prompt, drawn as the settings say; all ranks together.
+    def continued(self, engine: Any) -> str:
+        """The prompt of the settings with what the model goes on with; all ranks together."""
+        config = self.config
+        text = config.eval.prompt
+        prompt = [self.tokenizer.eot_id, *self.tokenizer.encode(text)]
+        model = functools.partial(engine, last_only=True)
+        return text + self.tokenizer.decode(
+            self.sampled(engine, model, prompt, config.eval.sample_tokens, config.data.seq_len)
+        )
+
+    def sampled(
+        self, engine: Any, model: Callable[..., Any], prompt: list[int], num_tokens: int, window: int
+    ) -> list[int]:
+        """Tokens that follow the prompt, drawn as at every end of a run; all ranks together.
 
         Args:
             model: what runs the engine on token ids.
+            window: of so many of the last ones.
         """
-        config = self.config
         engine.eval()
         try:
-            return sample_text(
+            return sample_ids(
                 model,
                 self.tokenizer,
                 prompt,
-                num_tokens=config.eval.sample_tokens,
-                window=config.data.seq_len,
-                seed=config.seed,
+                num_tokens=num_tokens,
+                window=window,
+                seed=self.config.seed,
                 device=device.current(),
             )
         finally:
             engine.train()
 
 
-def last_logits(engine: Any) -> Callable[..., Any]:
-    """What runs the engine on token ids and returns logits of the last position alone."""
-    return functools.partial(engine, last_only=True)
+def inputs_of(batch: Batch) -> tuple[tuple[Any, ...], dict[str, bool]]:
+    """Ids, targets and documents of a packed batch on the device, and whether there is padding.
+
+    Sequences that lie inside one document need no mask, and attention without one is faster: None in place of their
+    documents. Decided here, where the ids are still on the host.
+    """
+    where = device.current()
+    one_document = bool((batch.document_ids_BS == 0).all())
+    documents = None if one_document else batch.document_ids_BS.to(where)
+    padded = bool((batch.document_ids_BS < 0).any())
+    return (batch.ids_BS.to(where), batch.targets_BS.to(where), documents), {"padded": padded}
 
 
 def summary_of_scores(total: int, active: int, scores: dict[str, Any]) -> list[tuple[str, str]]:

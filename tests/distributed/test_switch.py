@@ -6,6 +6,9 @@ their micro-batches, and the same ones, as those of one rank.
 
 from __future__ import annotations
 
+import json
+
+import numpy as np
 import pytest
 
 from tests.curves import STEPS, Curve, SwitchRuns, assert_same
@@ -25,12 +28,19 @@ TWO_RANKS = {
     "two-ep2": (3, ("--moe.ep_size", "2")),
     "two-deepspeed": (3, (*DEEPSPEED, "--moe.ep_size", "2")),
     "two-spans": (3, (*SPANS, "--moe.ep_size", "2")),
+    "two-zero2": (2, ()),
 }
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> SwitchRuns:
     return SwitchRuns(tmp_path_factory.mktemp("runs"))
+
+
+def weight_norms(runs: SwitchRuns, name: str) -> dict[str, object]:
+    """Those of the weights at the end."""
+    last = json.loads((runs.folder / name / "metrics.jsonl").read_text().splitlines()[-1])
+    return {key: value for key, value in last.items() if key.startswith("weight_norm/")}
 
 
 @pytest.fixture(scope="module")
@@ -66,3 +76,9 @@ def test_two_ranks_give_the_curve_of_one(runs: SwitchRuns, one_rank: dict[str, C
     found = runs.train(2, cases | {"moved": moved})
     assert_same({"two-spans": found.pop("two-spans")}, one_rank["spans"])
     assert_same(found, one_rank["one"])
+    expected = weight_norms(runs, "one")
+    assert {"weight_norm/experts", "weight_norm/router", "weight_norm/attention"} <= expected.keys()
+    for name in (*ONE_RANK, *TWO_RANKS):
+        if "spans" not in name:
+            for part, norm in weight_norms(runs, name).items():
+                np.testing.assert_allclose(norm, expected[part], rtol=1e-4, err_msg=f"{part} of {name}")

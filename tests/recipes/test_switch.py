@@ -16,8 +16,10 @@ import moe_scale
 from moe_scale import cli
 from moe_scale.config import SCALES, SwitchConfig
 from moe_scale.data.sentinels import encode_with_sentinels, with_sentinels
+from moe_scale.data.span_corruption import restore
 from moe_scale.data.tokenizer import load_tokenizer
 from moe_scale.errors import ConfigError
+from moe_scale.generate.full_passes import sample_ids
 from moe_scale.models.switch import SwitchLayer, SwitchLM
 from moe_scale.parallel import device as devices
 from moe_scale.parallel import launch as launches
@@ -59,13 +61,16 @@ def test_the_defaults_are_those_of_switch_transformers(tmp_path: Path) -> None:
         (["--moe.activation", "swiglu"], "moe.activation", "choose relu or gelu"),
         (["--moe.every", "5"], "moe.every", "no layer is sparse"),
         (["--moe.top_k", "9"], "moe.top_k", "choose 1 to 8"),
-        (["--model.num_heads", "5"], "model.num_heads", "does not divide model.d_model"),
-        (["--model.positions", "learned", "--model.max_positions", "100"], "model.max_positions", "at least 256"),
-        (["--model.positions", "learned", "--model.max_positions", "260", *SPANS], "model.max_positions", "at least"),
-        (["--model.num_sentinels", "5", *SPANS], "model.num_sentinels", "choose at least 14"),
+        (["--model.num_heads", "5"], "model.num_heads", "does not divide model.d_model = 128; choose one of [1, 2, 4"),
+        (["--model.positions", "learned", "--model.max_positions", "100"], "model.max_positions", "at least 128"),
+        (["--model.positions", "learned", "--model.max_positions", "130", *SPANS], "model.max_positions", "at least"),
+        (["--model.num_sentinels", "5", *SPANS], "model.num_sentinels", "choose at least 7"),
         (["--model.vocab_size", "300", *SPANS], "model.vocab_size", "257 tokens of data.tokenizer = bytes and 100"),
         (["--model.vocab_size", "256"], "model.vocab_size", "choose at least 257"),
         (["--data.seq_len", "1", *SPANS], "data.seq_len", "choose at least 2"),
+        (["--eval.max_tokens", "127", *SPANS], "eval.max_tokens", "no whole text would be scored"),
+        (["--eval.prompt", "a <extra_id_100>", *SPANS], "eval.prompt", "there are <extra_id_0> to <extra_id_99>"),
+        (["--eval.prompt", "a <extra_id_0>" * 60, *SPANS], "eval.prompt", "leave no room in a sequence of"),
         (["--model.noise_density", "1"], "model.noise_density", "less than 1"),
         (["--model.objective", "prefix"], "model.objective", "causal"),
         (["--data.tokenizer", "byte"], "data.tokenizer", "choose bytes, gpt2"),
@@ -185,11 +190,25 @@ def test_the_run_tells_of_overfitting(folder: Path) -> None:
 
 
 def test_the_sample_fills_the_spans_in(folder: Path) -> None:
-    printed = (folder / "printed.txt").read_text()
-    assert "sample           it " in printed
-    model = moe_scale.load_model(folder / "spans")
-    assert isinstance(model, SwitchLM)
-    assert torch.isfinite(cast(Tensor, model(torch.arange(5)[None], prefix=5))).all()
+    """Between the words of the prompt stands what the model wrote, drawn again here from forward passes."""
+    model = cast(Any, moe_scale.load_model(folder / "spans"))
+    tokenizer = with_sentinels(load_tokenizer("bytes"), 100)
+    prompt = encode_with_sentinels(tokenizer, PROMPT, 257)
+    written = sample_ids(
+        lambda ids_BS: model(ids_BS, prefix=len(prompt)), tokenizer, prompt, num_tokens=12, window=36, seed=1234,
+        device=torch.device("cpu"),
+    )  # fmt: skip
+    end = written.index(259) if 259 in written else len(written)
+    expected = tokenizer.decode(restore(prompt, written[:end], 257))
+    assert f"sample           {expected}".splitlines()[0] in (folder / "printed.txt").read_text()
+
+
+def test_texts_too_short_to_be_scored_are_refused(folder: Path) -> None:
+    flags = [*flags_of(folder, "spans"), "--data.seq_len", "2000", "--eval.max_tokens", "2000", "--model.num_sentinels",
+             "103", "--model.vocab_size", "400", "--output_dir", str(folder / "none")]  # fmt: skip
+    task = SwitchTask(cast(SwitchConfig, prepare_job(RECIPE, flags).config))
+    with pytest.raises(ConfigError, match=r"data.holdout_fraction: the held-out text has \d+ tokens"):
+        task.open(micro_batch=1, rank=0, world_size=1)
 
 
 def generated(folder: Path, name: str, prompt: str, capsys: pytest.CaptureFixture[str], *flags: str) -> str:

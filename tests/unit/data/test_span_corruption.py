@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,7 +18,7 @@ from moe_scale.data.packing import IGNORE, pack
 from moe_scale.data.sentinels import encode_with_sentinels, with_sentinels
 from moe_scale.data.span_corruption import CorruptedLoader, SpanCorruption, restore
 from moe_scale.data.text import open_text, train_loader
-from moe_scale.data.tokenizer import load_tokenizer
+from moe_scale.data.tokenizer import TextTokenizer, load_tokenizer
 from moe_scale.errors import ConfigError
 
 FIRST = 257
@@ -162,3 +163,10 @@ def test_sentinels_follow_the_vocabulary_and_are_spelled_out() -> None:
     assert tokenizer.token_bytes()[257:].sum() == 0
     with pytest.raises(ConfigError, match="<extra_id_0> to <extra_id_99>"):
         encode_with_sentinels(tokenizer, "<extra_id_100>", 257)
+
+
+def test_a_tokenizer_with_sentinels_of_its_own_is_refused() -> None:
+    backend = tokenizers.Tokenizer.from_str(load_tokenizer("bytes").backend.to_str())
+    backend.add_special_tokens(["<extra_id_0>"])
+    with pytest.raises(ConfigError, match=r"data\.tokenizer: its entries cannot be followed"):
+        with_sentinels(TextTokenizer(backend, 256), 10)

@@ -11,7 +11,7 @@ import torch
 
 from moe_scale.config import DecoderConfig, MoEConfig
 from moe_scale.generate.batch import Batch, Event, Finish, Request, generate, left_padded
-from moe_scale.generate.full_passes import FullPasses, sample_text
+from moe_scale.generate.full_passes import FullPasses, sample_ids
 from moe_scale.generate.sampling import Sampling
 from moe_scale.models.decoder import DecoderLM
 
@@ -136,8 +136,8 @@ def test_a_sample_sees_its_window_alone(model: DecoderLM) -> None:
         widths.append(ids_BS.shape[1])
         return model(ids_BS, last_only=True)
 
-    text = sample_text(forward, Letters(), [1, 2, 3], num_tokens=5, window=5, seed=0, device=CPU)
+    ids = sample_ids(forward, Letters(), [1, 2, 3], num_tokens=5, window=5, seed=0, device=CPU)
     assert widths == [3, 4, 5, 5, 5]
-    assert len(text) == 5
-    assert text == sample_text(forward, Letters(), [1, 2, 3], num_tokens=5, window=5, seed=0, device=CPU)
-    assert text != sample_text(forward, Letters(), [1, 2, 3], num_tokens=5, window=5, seed=1, device=CPU)
+    assert len(ids) == 5
+    assert ids == sample_ids(forward, Letters(), [1, 2, 3], num_tokens=5, window=5, seed=0, device=CPU)
+    assert ids != sample_ids(forward, Letters(), [1, 2, 3], num_tokens=5, window=5, seed=1, device=CPU)

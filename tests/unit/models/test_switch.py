@@ -5,6 +5,7 @@ Shapes: B batch, S sequence, D model width, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, cast
 
@@ -18,10 +19,13 @@ from moe_scale.config import SwitchModelConfig, SwitchMoEConfig
 from moe_scale.models.build import build_model
 from moe_scale.models.switch import SwitchLayer, SwitchLM
 from moe_scale.models.switch_counts import num_active_params, num_params, training_flops_per_token
+from moe_scale.models.transformer import sinusoids
 from moe_scale.settings import to_dict
 
 VOCAB = 61
-MODEL = SwitchModelConfig(vocab_size=VOCAB, num_layers=2, d_model=24, num_heads=4, dropout=0.0, bias=True)
+MODEL = SwitchModelConfig(
+    vocab_size=VOCAB, num_layers=2, d_model=24, num_heads=4, dropout=0.0, bias=True, positions="sinusoidal"
+)
 MOE = SwitchMoEConfig(num_experts=4, intermediate_size=16, dispatch="dropless", expert_bias=True)
 
 
@@ -50,48 +54,66 @@ def torch_twin(model: SwitchLM) -> nn.TransformerEncoder:
     )  # fmt: skip
     norm = nn.LayerNorm(config.d_model, config.norm_eps, bias=config.bias, dtype=torch.float64)
     twin = nn.TransformerEncoder(layer, config.num_layers, norm if config.norm_order == "pre" else None, False)
+    weights = model.state_dict()
+    twin.load_state_dict({theirs: weights[ours].view_as(twin.get_parameter(theirs)) for ours, theirs in pairs(model)})
+    return twin
+
+
+def pairs(model: SwitchLM) -> Iterator[tuple[str, str]]:
+    """Names of the parameters that torch's encoder has too, ours and torch's."""
     renamed = {
         "moe.experts.gate_up": "linear1.weight",
         "moe.experts.gate_up_bias": "linear1.bias",
         "moe.experts.down": "linear2.weight",
         "moe.experts.down_bias": "linear2.bias",
     }
-    weights = {}
-    for name, value in model.state_dict().items():
+    for name, _ in model.named_parameters():
         if name.startswith(("layers.", "norm.")) and ".router." not in name:
-            ours = next((part for part in renamed if name.endswith(part)), "")
-            weights[name.removesuffix(ours) + renamed.get(ours, "")] = value[0] if ours else value
-    twin.load_state_dict(weights)
-    return twin
+            own = next((part for part in renamed if name.endswith(f".{part}")), "")
+            yield name, name.removesuffix(own) + renamed.get(own, "")
 
 
+@pytest.mark.parametrize("dispatch", ["dropless", "capacity"])
 @pytest.mark.parametrize("every", [1, 2])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("activation", ["relu", "gelu"])
-@pytest.mark.parametrize("norm_order", ["pre", "post"])
-def test_one_expert_equals_torchs_encoder(norm_order: Any, activation: Any, bias: bool, every: int) -> None:
+@pytest.mark.parametrize(("norm_order", "activation"), [("pre", "relu"), ("post", "gelu")])
+def test_one_expert_equals_torchs_encoder(
+    norm_order: Any, activation: Any, bias: bool, every: int, dispatch: Any
+) -> None:
     config = replace(MODEL, norm_order=norm_order, bias=bias)
-    moe = replace(MOE, num_experts=1, activation=activation, every=every, expert_bias=bias)
+    moe = replace(MOE, num_experts=1, activation=activation, every=every, expert_bias=bias, dispatch=dispatch)
     model = build(config, moe, torch.float64)
     twin = torch_twin(model)
     ids_BS = tokens(3, 9)
     causal = nn.Transformer.generate_square_subsequent_mask(9, dtype=torch.float64)
 
     logits = model(ids_BS)
-    places = model._vectors(torch.arange(9)).double()
+    places = sinusoids(torch.arange(9), config.d_model).double()
     theirs = twin(model.embedding(ids_BS) * config.d_model**0.5 + places, mask=causal, is_causal=True)
     expected = theirs @ model.embedding.weight.T
-    torch.testing.assert_close(logits, expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(logits, expected, atol=1e-10, rtol=1e-10)
 
     direction = torch.randn_like(logits)
-    wanted = [p for layer in twin.layers for p in cast(SwitchLayer, layer).self_attn.parameters()]
-    mine = [p for layer in model.layers for p in cast(SwitchLayer, layer).self_attn.parameters()]
-    first = "linear1.weight" if every == 2 else "moe.experts.gate_up"
-    wanted += [twin.get_parameter("layers.0.linear1.weight"), twin.get_parameter("layers.1.linear2.weight")]
-    mine += [model.get_parameter(f"layers.0.{first}"), model.get_parameter("layers.1.moe.experts.down")]
-    expected_grads = torch.autograd.grad((expected * direction).sum(), wanted)
-    for grad, expected_grad in zip(torch.autograd.grad((logits * direction).sum(), mine), expected_grads, strict=True):
-        torch.testing.assert_close(grad.reshape_as(expected_grad), expected_grad, atol=1e-6, rtol=1e-6)
+    (logits * direction).sum().backward()
+    mine = {ours: model.get_parameter(ours).grad for ours, _ in pairs(model)}
+    (expected * direction).sum().backward()
+    for ours, name in pairs(model):
+        grad, wanted = mine[ours], twin.get_parameter(name).grad
+        assert grad is not None
+        assert wanted is not None
+        torch.testing.assert_close(grad.view_as(wanted), wanted, atol=1e-9, rtol=1e-9, msg=name)
+
+
+def test_alibi_is_a_bias_of_torchs_attention() -> None:
+    config, moe = replace(MODEL, positions="alibi", num_layers=1), replace(MOE, num_experts=1, every=1)
+    model = build(config, moe, torch.float64)
+    ids_BS = tokens(2, 9)
+    steps = torch.arange(9)
+    slopes = torch.tensor([2.0**-2, 2.0**-4, 2.0**-6, 2.0**-8], dtype=torch.float64)
+    bias = -slopes[:, None, None] * (steps[:, None] - steps).abs()
+    bias = bias.masked_fill(steps > steps[:, None], float("-inf")).repeat(2, 1, 1)
+    theirs = torch_twin(model)(model.embedding(ids_BS) * config.d_model**0.5, mask=bias)
+    torch.testing.assert_close(model(ids_BS), theirs @ model.embedding.weight.T, atol=1e-10, rtol=1e-10)
 
 
 def test_a_sparse_layer_is_torchs_layer_without_its_feed_forward() -> None:
@@ -102,7 +124,7 @@ def test_a_sparse_layer_is_torchs_layer_without_its_feed_forward() -> None:
     assert not hasattr(sparse, "linear1")
 
 
-POSITIONS = ["sinusoidal", "learned"]
+POSITIONS = ["alibi", "sinusoidal", "learned"]
 
 
 @pytest.mark.parametrize("positions", POSITIONS)

@@ -105,3 +105,14 @@ def test_the_warning_can_be_switched_off() -> None:
     watch = OverfittingWatch(FaultConfig(overfit_evaluations=0))
     assert not any(evaluations(watch, *[(1.0 / n, float(n)) for n in range(1, 9)]))
     assert watch.evaluated(1.0, 100) == [], "a run that resumes may evaluate before it trains"
+
+
+def test_experts_that_choose_leave_tokens_to_others() -> None:
+    watch = RouterWatch(FaultConfig(dropped_share=0.2, collapse_steps=10), [1, 3], "expert_choice")
+    assert [watch.look(router(step, dropped=0.5)) for step in (1, 20, 40)] == [[], [], []]
+
+
+def test_a_loss_that_is_no_number_is_not_the_best() -> None:
+    watch = OverfittingWatch(FaultConfig(overfit_evaluations=2))
+    said = evaluations(watch, (3.0, float("nan")), (2.0, 2.9), (1.5, 3.0), (1.0, 3.2))
+    assert [len(s) for s in said] == [0, 0, 0, 1]
