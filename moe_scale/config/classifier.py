@@ -229,9 +229,7 @@ class ClassifierConfig(RunConfig):
     def problems(self) -> list[Problem]:
         found = super().problems() + self.model.problems("model") + self.data.problems("data")
         model, moe, data = self.model, self.moe, self.data
-        if moe.enabled and moe.every > model.num_layers:
-            what = f"{moe.every} > model.num_layers = {model.num_layers}: no layer is sparse"
-            found.append(Problem("moe.every", what, f"choose 1 to {model.num_layers}, or moe.enabled false"))
+        found += moe.every_problems("moe", "model.num_layers", model.num_layers)
         if moe.enabled and moe.router == "hash" and data.has_features:
             what = f"hash with data.source = {data.source}: features have no token ids"
             found.append(Problem("moe.router", what, "choose another router"))

@@ -113,15 +113,8 @@ class LMConfig(RunConfig):
 
     def problems(self) -> list[Problem]:
         found = super().problems() + self.model.problems("model") + self.data.problems("data")
-        if self.moe.enabled and self.moe.every > self.model.num_layers:
-            found.append(
-                Problem(
-                    "moe.every",
-                    f"{self.moe.every} > model.num_layers = {self.model.num_layers}: no layer is sparse",
-                    f"choose 1 to {self.model.num_layers}, or moe.enabled false",
-                )
-            )
-        return found + self.moe.dense_size_problems("moe", "model.num_layers", self.model.num_layers)
+        stack = "moe", "model.num_layers", self.model.num_layers
+        return found + self.moe.every_problems(*stack) + self.moe.dense_size_problems(*stack)
 
     def remarks(self) -> list[str]:
         found = super().remarks()

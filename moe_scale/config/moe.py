@@ -141,6 +141,13 @@ class MoEConfig(Strict):
             )
         return found
 
+    def every_problems(self, where: str, layers: str, number: int) -> list[Problem]:
+        """Whether a stack of ``number`` layers, as the setting ``layers`` says, has a sparse one."""
+        if not self.enabled or self.every <= number:
+            return []
+        what = f"{self.every} > {layers} = {number}: no layer is sparse"
+        return [Problem(f"{where}.every", what, f"choose 1 to {number}, or {where}.enabled false")]
+
     def dense_size_problems(self, where: str, layers: str, number: int) -> list[Problem]:
         """Whether a dense model of equal parameters can be had: its layers share a group's parameters evenly.
 

@@ -159,9 +159,6 @@ class SwitchConfig(RunConfig):
     def problems(self) -> list[Problem]:
         model, moe = self.model, self.moe
         found = super().problems() + model.problems("model") + self.data.problems("data")
-        if moe.enabled and moe.every > model.num_layers:
-            what = f"{moe.every} > model.num_layers = {model.num_layers}: no layer is sparse"
-            found.append(Problem("moe.every", what, f"choose 1 to {model.num_layers}, or moe.enabled false"))
         if moe.activation == "swiglu":
             found.append(Problem("moe.activation", "swiglu: torch's layer has none", "choose relu or gelu"))
         if not model.is_causal:
@@ -170,7 +167,8 @@ class SwitchConfig(RunConfig):
         if model.positions == "learned" and model.max_positions < longest:
             what = f"{model.max_positions} < {longest}, the longest sequence"
             found.append(Problem("model.max_positions", what, f"choose at least {longest}"))
-        return found + moe.dense_size_problems("moe", "model.num_layers", model.num_layers)
+        stack = "moe", "model.num_layers", model.num_layers
+        return found + moe.every_problems(*stack) + moe.dense_size_problems(*stack)
 
     def _span_problems(self) -> list[Problem]:
         model, text = self.model, self.data.seq_len

@@ -4,10 +4,30 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 from moe_scale.config import FaultConfig
+
+
+class _Lasting:
+    """Notices, once each, what is seen in every look for so many steps."""
+
+    def __init__(self, steps: int):
+        self.steps = steps
+        self._since: dict[Hashable, int] = {}
+        self._told: set[Hashable] = set()
+
+    def steps_of(self, sign: Hashable, step: int, *, seen: bool) -> int:
+        """Take in a look; for how many steps the sign has lasted where that is to be told now, else 0."""
+        if not seen:
+            self._since.pop(sign, None)
+            return 0
+        lasted = step - self._since.setdefault(sign, step)
+        if lasted < self.steps or sign in self._told:
+            return 0
+        self._told.add(sign)
+        return lasted
 
 
 class CollapseWatch:
@@ -20,8 +40,7 @@ class CollapseWatch:
 
     def __init__(self, config: FaultConfig, layers: Sequence[int], top_k: int):
         self.config, self.layers, self.top_k = config, layers, top_k
-        self._since: dict[int, int] = {}
-        self._warned: set[int] = set()
+        self._lasting = _Lasting(config.collapse_steps)
 
     def look(self, record: dict[str, Any]) -> list[str]:
         """Warnings after a logged step.
@@ -33,12 +52,8 @@ class CollapseWatch:
         for layer, counts in zip(self.layers, record.get("router/tokens_per_expert", []), strict=False):
             share = self.top_k * max(counts) / max(sum(counts), 1)
             even = self.top_k / len(counts)
-            if share <= self.config.collapse_share or even >= self.config.collapse_share:
-                self._since.pop(layer, None)
-                continue
-            steps = record["step"] - self._since.setdefault(layer, record["step"])
-            if steps >= self.config.collapse_steps and layer not in self._warned:
-                self._warned.add(layer)
+            collapsed = even < self.config.collapse_share < share
+            if steps := self._lasting.steps_of(layer, record["step"], seen=collapsed):
                 found.append(
                     f"warning: expert {counts.index(max(counts))} of layer {layer} has taken {share:.0%} of the "
                     f"tokens, for {steps} steps now: the router has collapsed. Raise --moe.aux_loss_weight (0.01), use "
@@ -57,8 +72,7 @@ class RouterWatch:
 
     def __init__(self, config: FaultConfig, layers: Sequence[int], router: str = "softmax"):
         self.config, self.layers, self.router = config, layers, router
-        self._since: dict[tuple[str, int], int] = {}
-        self._warned: set[tuple[str, int]] = set()
+        self._lasting = _Lasting(config.collapse_steps)
 
     def look(self, record: dict[str, Any]) -> list[str]:
         """Warnings after a logged step.
@@ -72,32 +86,21 @@ class RouterWatch:
         for layer, *row in zip(self.layers, *(record.get(name, []) for name in columns), strict=False):
             dropped, entropy, logit_rms, counts = row
             many = dropped > self.config.dropped_share and self.router != "expert_choice"
-            if self._for_long("dropped", layer, many, record["step"]):
+            if steps := self._lasting.steps_of(("dropped", layer), record["step"], seen=many):
                 found.append(
                     f"warning: the experts of layer {layer} turn {dropped:.0%} of their tokens away, and have for "
-                    f"{self.config.collapse_steps} steps: raise --moe.capacity_factor or --moe.aux_loss_weight, or use "
+                    f"{steps} steps: raise --moe.capacity_factor or --moe.aux_loss_weight, or use "
                     "--moe.dispatch dropless"
                 )
             # One expert is certain, and scores that are all zero belong to a router that has none to learn.
             certain = len(counts) > 1 and logit_rms > 0 and entropy < self.config.certain_entropy
-            if self._for_long("certain", layer, certain, record["step"]):
+            if steps := self._lasting.steps_of(("certain", layer), record["step"], seen=certain):
                 found.append(
                     f"warning: the router of layer {layer} is certain of nearly every token (entropy {entropy:.1%} of "
-                    f"its most, scores of {logit_rms:.1f}), and has been for {self.config.collapse_steps} steps: it "
+                    f"its most, scores of {logit_rms:.1f}), and has been for {steps} steps: it "
                     "can hardly change its mind. Set --moe.z_loss_weight 0.001 or raise it, or lower --optim.lr"
                 )
         return found
-
-    def _for_long(self, sign: str, layer: int, seen: bool, step: int) -> bool:
-        """Whether a sign has been seen in all looks of the last ``collapse_steps`` steps, for the first time."""
-        key = sign, layer
-        if not seen:
-            self._since.pop(key, None)
-            return False
-        if step - self._since.setdefault(key, step) < self.config.collapse_steps or key in self._warned:
-            return False
-        self._warned.add(key)
-        return True
 
 
 class OverfittingWatch:

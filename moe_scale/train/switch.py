@@ -109,15 +109,11 @@ class SwitchTask(TextTask):
             return lines
         if config.model.is_causal:
             return [*lines, ("sample", self.continued(engine))]
-        return (
-            [*lines, ("sample", self._filled_in(engine))]
-            if self._prompt(self.tokenizer, self.first_sentinel)
-            else lines
-        )
-
-    def _filled_in(self, engine: Any) -> str:
-        """The prompt with what the model wrote in place of its sentinels."""
         prompt = self._prompt(self.tokenizer, self.first_sentinel)
+        return [*lines, ("sample", self._filled_in(engine, prompt))] if prompt else lines
+
+    def _filled_in(self, engine: Any, prompt: list[int]) -> str:
+        """The prompt with what the model writes in place of its sentinels."""
         model = functools.partial(engine, prefix=len(prompt), last_only=True)
         length = self.config.sequence_length
         written = self.sampled(engine, model, prompt, min(self.config.eval.sample_tokens, length - len(prompt)), length)
