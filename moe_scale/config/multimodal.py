@@ -111,6 +111,10 @@ class MultimodalModelConfig(Strict):
         "both", "where the sparse layers of moe.every are, which counts the layers of each from 1"
     )
     embed_size: PositiveInt = setting(256, "width of the space that texts and images are compared in (E)")
+    pooling: Literal["first", "mean"] = setting(
+        "first",
+        "what stands for a text or an image as a whole: its first position (CLS), or the mean of its tokens or patches",
+    )
     contrastive_weight: PositiveFloat = setting(1.0, "retrieval: weight of the contrastive loss")
     matching_weight: NonNegativeFloat = setting(
         1.0, "retrieval with fusion layers: weight of the loss of telling matching pairs from similar ones"

@@ -51,6 +51,9 @@ class EvalConfig(Strict):
     """Evaluation on held-out data."""
 
     every: NonNegativeInt = setting(500, "steps between evaluations; 0 evaluates at the end only")
+    at_start: bool = setting(
+        False, "also evaluate before the first step: zero-shot scores of the weights that a run begins with"
+    )
 
 
 @dataclass(frozen=True)

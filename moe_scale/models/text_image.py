@@ -71,7 +71,7 @@ class TextImageModel(nn.Module):
 
     ==============================  ================================================================
     retrieval                       features of text and image, compared; with fusion, pairs matched
-    classification, regression      of text: from its first position; of text and image: from the fusion
+    classification, regression      of text: from the encoder; of text and image: from the fusion
     ==============================  ================================================================
 
     Args:
@@ -130,11 +130,22 @@ class TextImageModel(nn.Module):
             fused = self.fusion(text_BSD, valid_BS, image_BPD, present_B)
             pooled, of_layers = fused.x_BD, of_layers + _stacked(fused.moe)
         else:
-            pooled = text_BSD[:, 0]
+            pooled = self.pool_text(text_BSD, valid_BS)
         outputs_BO = self.head(self.dropout(pooled)).float()
         assert labels_B is not None, "this model needs labels"
         loss = self._label_loss(outputs_BO, labels_B, present_B)
         return self._output(loss, {}, of_layers, outputs_BO=outputs_BO)
+
+    def pool_text(self, text_BSD: Tensor, valid_BS: Tensor) -> Tensor:
+        """A text as one vector [B, D]; that of a text without tokens is zero where the mean is asked for."""
+        if self.config.pooling == "first":
+            return text_BSD[:, 0]
+        count_B1 = valid_BS.sum(dim=1, keepdim=True).clamp(min=1)
+        return (text_BSD * valid_BS[..., None]).sum(dim=1) / count_B1.to(text_BSD.dtype)
+
+    def pool_image(self, image_BPD: Tensor) -> Tensor:
+        """An image as one vector [B, D]; position 0 is CLS, which stands for no patch."""
+        return image_BPD[:, 0] if self.config.pooling == "first" else image_BPD[:, 1:].mean(dim=1)
 
     def _retrieve(
         self,
@@ -145,8 +156,8 @@ class TextImageModel(nn.Module):
         present_B: Tensor,
         of_layers: list[MoEStats],
     ) -> MultimodalOutput:
-        text_BE = F.normalize(self.project_text(text_BSD[:, 0]).float(), dim=-1)
-        image_BE = F.normalize(self.project_image(image_BPD[:, 0]).float(), dim=-1)
+        text_BE = F.normalize(self.project_text(self.pool_text(text_BSD, valid_BS)).float(), dim=-1)
+        image_BE = F.normalize(self.project_image(self.pool_image(image_BPD)).float(), dim=-1)
         scale = self.temperature()
         contrastive = contrastive_loss(image_BE, text_BE, items_B, present_B, scale)
         loss = self.config.contrastive_weight * contrastive

@@ -23,6 +23,7 @@ from moe_scale.tools.arguments import not_empty, not_negative, positive
 from moe_scale.tools.compare import load_recipe
 from moe_scale.tools.sweep_plan import OF_A_TRIAL, Plan, trial_argv
 from moe_scale.tools.sweep_plot import plot
+from moe_scale.tools.sweep_reach import check_reference
 from moe_scale.tools.sweep_report import is_finished, make_report, write_report
 from moe_scale.tools.sweep_run import command, locked, train_trials, trial_command, visible_gpus
 from moe_scale.tools.sweep_trials import KINDS, Space, make_trials, read_space
@@ -60,6 +61,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     how = parser.add_argument_group("how")
     how.add_argument("--metric", type=not_empty, help="held-out score that counts [the first of the recipe's task]")
+    how.add_argument(
+        "--reach", type=not_empty, metavar="VARIANT",
+        help="also tell what tokens, FLOPs and seconds each trial took to the best score of this variant",
+    )  # fmt: skip
     how.add_argument("--ranks", type=positive, default=1, metavar="N", help="of a trial, on this machine [%(default)s]")
     how.add_argument("--parallel", type=positive, default=1, metavar="N", help="trials at once [%(default)s]")
     how.add_argument("--output_dir", default="runs/sweep", metavar="DIR", help="folder of the sweep [%(default)s]")
@@ -87,26 +92,31 @@ def run(arguments: argparse.Namespace, settings: list[str]) -> None:
     folder = Path(arguments.output_dir).expanduser()
     raise_if(_contradictions(arguments, settings))
     if arguments.report_only:
-        report(_with_metric(_of_report(arguments, settings, folder), arguments.metric), folder)
+        stored = _with_metric(_of_report(arguments, settings, folder), arguments.metric)
+        if arguments.reach:
+            check_reference(stored, arguments.reach)
+        report(stored, folder, arguments.reach or "")
         return
     recipe = load_recipe(Path(arguments.recipe))
     if arguments.trial is not None:
         run_trial(_trial_command(arguments, recipe, settings, folder))
     space = _space(arguments, recipe, settings)
     plan, stored, project = _plan(arguments, recipe, settings, space, folder)
+    if arguments.reach:
+        check_reference(plan, arguments.reach)
     if arguments.wandb_sweep:
         content = sweep_file(space, plan, settings, project=project, folder=folder)
         write_sweep_file(content, arguments.wandb_sweep)
         print(f"wrote {arguments.wandb_sweep}: `wandb sweep {arguments.wandb_sweep}` starts it, and says how agents do")
     elif arguments.dry_run:
         print("\n".join(_described(plan, folder)))
-    elif not _train(plan, folder, arguments.parallel, stored):
+    elif not _train(plan, folder, arguments.parallel, stored, arguments.reach or ""):
         raise SystemExit(1)
 
 
-def report(plan: Plan, folder: Path) -> None:
+def report(plan: Plan, folder: Path, reference: str = "") -> None:
     """Tables on the terminal, ``sweep.md``, ``results.json`` and the plots, from what is in the folder."""
-    found = make_report(plan, folder)
+    found = make_report(plan, folder, reference)
     write_report(found, folder, plot(found, folder))
 
 
@@ -129,8 +139,10 @@ def _contradictions(arguments: argparse.Namespace, settings: list[str]) -> list[
     if arguments.parallel > 1 and (arguments.wandb_sweep or arguments.trial is not None):
         found.append(Problem("--parallel", "with trials that W&B agents start", "leave it out: start several agents"))
     if arguments.trial is not None:
-        given = [name for name in ("grid", "draw", "trials", "metric") if getattr(arguments, name)]
+        given = [name for name in ("grid", "draw", "trials", "metric", "reach") if getattr(arguments, name)]
         found += [Problem(f"--{name}", "with --trial, which is one trial", "leave it out") for name in given]
+    if arguments.reach and (arguments.wandb_sweep or arguments.dry_run):
+        found.append(Problem("--reach", "is of a report, and none is made", "leave it out"))
     if not arguments.report_only and not devices.detect().is_cpu:
         wanted, there = arguments.parallel * arguments.ranks, len(visible_gpus())
         if wanted > there:
@@ -215,7 +227,7 @@ def _of_report(arguments: argparse.Namespace, settings: list[str], folder: Path)
 # --- what is done ----------------------------------------------------------------------------------------------------
 
 
-def _train(plan: Plan, folder: Path, parallel: int, stored: Plan | None) -> bool:
+def _train(plan: Plan, folder: Path, parallel: int, stored: Plan | None, reference: str) -> bool:
     """Train and report. Returns whether all trials are finished."""
     if stored:
         if stored.origin["commit"] != plan.origin["commit"]:
@@ -226,7 +238,7 @@ def _train(plan: Plan, folder: Path, parallel: int, stored: Plan | None) -> bool
         sweep_plan.write_plan(plan, folder)
         print(f"{len(plan.trials)} trials, compared by {plan.metric}; logs in {folder / 'trials'}", flush=True)
         finished = train_trials(plan, folder, parallel, lock)
-        report(plan, folder)
+        report(plan, folder, reference)
     return finished
 
 

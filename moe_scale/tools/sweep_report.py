@@ -14,13 +14,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from moe_scale.telemetry.provenance import write_atomically
 from moe_scale.telemetry.records import finite
 from moe_scale.telemetry.terminal import Console
 from moe_scale.tools.sweep_effects import SIGNIFICANT, Effect, Effects, Observation, main_effects
 from moe_scale.tools.sweep_plan import Plan, Planned, commit_text
+from moe_scale.tools.sweep_reach import Reached, reach_record, reach_table, reached
+from moe_scale.tools.tables import markdown, rich_table
 from moe_scale.train.finished import read_mark
 
 _PARAMETERS = re.compile(r"^model +([0-9,]+) parameters(?:, ([0-9,]+) active)?", re.MULTILINE)
@@ -80,12 +80,19 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """All that a sweep's files and pictures show; rows are sorted, the best first."""
+    """All that a sweep's files and pictures show; rows are sorted, the best first.
+
+    Attributes:
+        reference: the variant that others are to become as good as; empty without one.
+        reached: what it took each trial, then.
+    """
 
     plan: Plan
     rows: list[Row]
     effects: Effects
     notes: list[str] = field(default_factory=list)
+    reference: str = ""
+    reached: list[Reached] = field(default_factory=list)
 
 
 # --- reading what the runs wrote -------------------------------------------------------------------------------------
@@ -184,8 +191,8 @@ def _run_on(run_dir: Path) -> tuple[str, str]:
 # --- the report ------------------------------------------------------------------------------------------------------
 
 
-def make_report(plan: Plan, folder: Path) -> Report:
-    """Read the trials' folders and work out what mattered."""
+def make_report(plan: Plan, folder: Path, reference: str = "") -> Report:
+    """Read the trials' folders and work out what mattered; and what it takes to be as good as a variant."""
     sign = 1 if plan.scores[plan.metric] == "lower" else -1
 
     def rank(row: Row) -> tuple[bool, bool, float]:
@@ -193,7 +200,8 @@ def make_report(plan: Plan, folder: Path) -> Report:
         return not row.is_finished, value is None, 0.0 if value is None else sign * value
 
     rows = sorted((read_row(plan, planned, folder) for planned in plan.trials), key=rank)
-    return Report(plan, rows, _effects(plan, rows), _notes(plan, rows))
+    costs = reached(plan, rows, reference) if reference else []
+    return Report(plan, rows, _effects(plan, rows), _notes(plan, rows), reference, costs)
 
 
 def _effects(plan: Plan, rows: Sequence[Row]) -> Effects:
@@ -330,18 +338,21 @@ def write_report(report: Report, folder: Path, pictures: Sequence[str]) -> None:
         "origin": report.plan.origin,
         "trials": [_plain(row) for row in report.rows],
         "effects": asdict(report.effects),
+        **({"reached": reach_record(report.reached, report.reference)} if report.reference else {}),
     }
     write_atomically(folder / "results.json", json.dumps(finite(_lists(results)), indent=1).encode() + b"\n")
     trials, effects = table_of(report), effects_table(report)
+    reaching = [reach_table(report.reached, report.reference)] if report.reference else []
     failed = [
         f"### {row.name}\n\n```\n{row.failure}\n```" for row in report.rows if row.failure and not row.is_finished
     ]
     parts = [
         f"# {Path(report.plan.recipe).stem}: {' x '.join(report.plan.factors) or 'seed'}",
-        _markdown(*trials),
+        markdown(*trials),
         *report.notes,
+        *(part for table in reaching for part in ("## What it takes", markdown(*table))),
         "## What mattered",
-        *([_markdown(*effects)] if effects[1] else []),
+        *([markdown(*effects)] if effects[1] else []),
         *effect_notes(report),
         *(f"![{Path(name).stem}]({name})" for name in pictures),
         *(["## Failed", *failed] if failed else []),
@@ -349,10 +360,12 @@ def write_report(report: Report, folder: Path, pictures: Sequence[str]) -> None:
     write_atomically(folder / "sweep.md", ("\n\n".join(parts) + "\n").encode())
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 190)
     print()
-    console.print(_rich(*trials))
+    console.print(rich_table(*trials))
     print("\n".join(report.notes))
+    for table in reaching:
+        console.print(rich_table(*table, title="What it takes"))
     if effects[1]:
-        console.print(_rich(*effects, title="What mattered"))
+        console.print(rich_table(*effects, title="What mattered"))
     print("\n".join(effect_notes(report)))
     print(f"wrote sweep.md, results.json and {', '.join(pictures) or 'no plots'} to {folder}")
 
@@ -378,17 +391,3 @@ def _lists(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _lists(item) for key, item in value.items()}
     return [_lists(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _markdown(header: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *cells]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
-def _rich(header: Sequence[str], cells: Sequence[Sequence[str]], title: str | None = None) -> Table:
-    table = Table(title=title, title_justify="left")
-    for name in header:
-        table.add_column(name, overflow="fold")
-    for line in cells:
-        table.add_row(*line)
-    return table

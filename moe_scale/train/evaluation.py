@@ -83,14 +83,10 @@ class Patience:
 def evaluate(run: Run) -> bool:
     """Score the held-out data. Returns whether it is the best so far, where the settings ask for the best."""
     state, wanted = run.state, run.job.config.best_metric
-    run.at("evaluation")
-    scores = run.job.task.evaluate(run.engine)
+    scores = score(run)
     settle_best(run)
     best = state.scores.get(BEST)
     state.scores = scores | {EVALUATED: state.step} | ({BEST: best} if best else {})
-    run.logger.log({"step": state.step, "tokens": state.tokens} | scores | weight_norms(run))
-    shown = f", {wanted} {scores[wanted]:.4f}" if wanted not in ("", "eval/loss") else ""
-    run.progress.message(f"step {state.step}: held-out loss {scores['eval/loss']:.4f}{shown}")
     run.tell(run.overfitting.evaluated(scores["eval/loss"], state.step))
     if run.patience is not None:
         run.patience.look(scores)
@@ -102,6 +98,17 @@ def evaluate(run: Run) -> bool:
         return False
     run.new_best = {"score": wanted, "value": scores[wanted]}
     return True
+
+
+def score(run: Run) -> dict[str, Any]:
+    """Score the held-out data, write it down and say it, and no more; all ranks together."""
+    state, wanted = run.state, run.job.config.best_metric
+    run.at("evaluation")
+    scores = run.job.task.evaluate(run.engine)
+    run.logger.log({"step": state.step, "tokens": state.tokens} | scores | weight_norms(run))
+    shown = f", {wanted} {scores[wanted]:.4f}" if wanted not in ("", "eval/loss") else ""
+    run.progress.message(f"step {state.step}: held-out loss {scores['eval/loss']:.4f}{shown}")
+    return scores
 
 
 def weight_norms(run: Run) -> dict[str, Any]:

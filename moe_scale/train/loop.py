@@ -32,7 +32,7 @@ from moe_scale.telemetry.throughput import Throughput, mfu, peak_flops
 from moe_scale.train import checkpoint, preflight, snapshot
 from moe_scale.train.ending import end
 from moe_scale.train.engine import build_engine
-from moe_scale.train.evaluation import BEST, EVALUATED, STOPPING, Patience, evaluate, settle_best
+from moe_scale.train.evaluation import BEST, EVALUATED, STOPPING, Patience, evaluate, score, settle_best
 from moe_scale.train.faults import (
     Agreement,
     BadSteps,
@@ -111,6 +111,8 @@ def _train(
             if resumed and has_all_steps(job.config, resumed[1]):
                 _evaluate_last_step(run)
             else:
+                if job.config.eval.at_start and not run.state.step:
+                    score(run)
                 _train_steps(run)
             end(run)
     job.task.batches().close()

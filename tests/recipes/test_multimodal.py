@@ -124,7 +124,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         argv("resumed", *begun, "--max_steps", "2", "--optim.schedule", "constant"),
         argv("resumed", *begun, "--resume", "must", "--optim.schedule", "constant"),
         argv("straight", *begun, "--optim.schedule", "constant"),
-        argv("lora", *source, *from_it, *lora, "--max_steps", "2"),
+        argv("lora", *source, *from_it, *lora, "--max_steps", "2", "--eval.at_start", "true"),
         argv("lora", *source, *from_it, *lora, "--resume", "must"),
         argv("vit-lora", *source, *frozen_vit),
         argv("vqa", *vqa, *from_it, *lora, "--lora.also_trained", "head"),
@@ -175,6 +175,15 @@ def test_adapters_leave_the_run_that_they_build_on_as_it_was(runs: Path) -> None
     assert len(adapters(model)) == 1 + 3 + 2  # q_proj; query of the text and twice of the fusion; routers
     with pytest.raises(ConfigError, match="trained with adapters"):
         prepare_job(RECIPE, ["--model.pretrained", str(runs / "lora"), "--output_dir", str(runs / "none")])
+
+
+def test_adapters_begin_as_the_model_that_they_stand_beside(runs: Path) -> None:
+    before, ended = records(runs / "lora")[0], [r for r in records(runs / "resumed") if "eval/loss" in r][-1]
+    assert (before["step"], before["tokens"], ended["step"]) == (0, 0, 4)
+    scored = [name for name in before if name.startswith("eval/")]
+    assert len(scored) == 7
+    assert {name: before[name] for name in scored} == pytest.approx({name: ended[name] for name in scored}, rel=1e-5)
+    assert [r["step"] for r in records(runs / "lora") if "eval/loss" in r] == [0, 2, 4], "and not when it goes on"
 
 
 def test_adapters_go_on_as_they_were_begun(runs: Path) -> None:

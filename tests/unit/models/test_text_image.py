@@ -61,6 +61,19 @@ def test_retrieval_adds_up() -> None:
     assert not out.lm_loss.requires_grad
 
 
+def test_the_mean_stands_for_tokens_and_patches_that_are_there() -> None:
+    model, given = build(replace(SMALL, pooling="mean")), batch()
+    out = model(*given)
+    text_BSD, image_BPD = model.text(given.ids_BS, given.valid_BS, None)[0], model.image(given.images_BCHW)
+    for row in range(6):
+        text_D = text_BSD[row, : int(given.valid_BS[row].sum())].mean(dim=0)
+        torch.testing.assert_close(out.text_BE[row], F.normalize(model.project_text(text_D), dim=0))
+        image_D = image_BPD[row, 1:].mean(dim=0)
+        torch.testing.assert_close(out.image_BE[row], F.normalize(model.project_image(image_D), dim=0))
+    nothing = model(*given._replace(present_B=torch.zeros(6, dtype=torch.bool)))
+    assert all(torch.isfinite(t).all() for t in (nothing.loss, nothing.text_BE, nothing.image_BE))
+
+
 def test_matching_is_of_each_pair_and_its_hardest_confusions() -> None:
     model, given = build(), batch()
     out = model(*given)
