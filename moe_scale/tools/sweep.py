@@ -92,10 +92,10 @@ def run(arguments: argparse.Namespace, settings: list[str]) -> None:
     folder = Path(arguments.output_dir).expanduser()
     raise_if(_contradictions(arguments, settings))
     if arguments.report_only:
-        stored = _with_metric(_of_report(arguments, settings, folder), arguments.metric)
+        of_folder = _with_metric(_of_report(arguments, settings, folder), arguments.metric)
         if arguments.reach:
-            check_reference(stored, arguments.reach)
-        report(stored, folder, arguments.reach or "")
+            check_reference(of_folder, arguments.reach)
+        report(of_folder, folder, arguments.reach or "")
         return
     recipe = load_recipe(Path(arguments.recipe))
     if arguments.trial is not None:
