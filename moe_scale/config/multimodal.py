@@ -282,9 +282,14 @@ class MultimodalConfig(RunConfig):
         return found
 
     def remarks(self) -> list[str]:
-        if not self.lora.enabled or self.model.pretrained or self.model.vit_weights:
-            return []
-        return ["adapters are trained beside a model whose weights are drawn at random: set model.pretrained"]
+        found = super().remarks()
+        if self.lora.enabled and not self.model.pretrained and not self.model.vit_weights:
+            found.append("adapters are trained beside a model whose weights are drawn at random: set model.pretrained")
+        if self.data.source == "sample" and self.scale != "cpu":
+            found.append(
+                f"scale {self.scale} on the sample's 1,600 training images, which it will learn by heart: set data.source"
+            )
+        return found
 
     def _expert_stacks(self) -> list[tuple[str, int]]:
         """The parts that may have sparse layers, with their numbers of layers."""
