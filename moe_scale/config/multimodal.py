@@ -286,9 +286,7 @@ class MultimodalConfig(RunConfig):
         if self.lora.enabled and not self.model.pretrained and not self.model.vit_weights:
             found.append("adapters are trained beside a model whose weights are drawn at random: set model.pretrained")
         if self.data.source == "sample" and self.scale != "cpu":
-            found.append(
-                f"scale {self.scale} on the sample's 1,600 training images, which it will learn by heart: set data.source"
-            )
+            found.append(f"scale {self.scale} will learn the sample's 1,600 training images by heart: set data.source")
         return found
 
     def _expert_stacks(self) -> list[tuple[str, int]]:
