@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from moe_scale.config.base import (
     Fraction,
@@ -22,6 +22,9 @@ from moe_scale.errors import Problem
 @dataclass(frozen=True)
 class MoEConfig(Strict):
     """The mixture-of-experts layer (Switch, arXiv 2101.03961; ST-MoE, arXiv 2202.08906)."""
+
+    may_be_swiglu: ClassVar[bool] = True
+    """Whether the experts of this recipe can have the activation ``swiglu``."""
 
     enabled: bool = setting(True, "sparse feed-forwards; false gives a dense model, as moe.dense_size says")
     dense_size: Literal["active", "total"] = setting(

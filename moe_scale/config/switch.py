@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -94,6 +94,8 @@ class SwitchModelConfig(Strict):
 @dataclass(frozen=True)
 class SwitchMoEConfig(MoEConfig):
     """The mixture-of-experts layer with the defaults of Switch Transformers."""
+
+    may_be_swiglu: ClassVar[bool] = False  # torch's layer has none
 
     num_experts: PositiveInt = setting(8, "experts per layer (E)")
     top_k: PositiveInt = setting(1, "experts that each token is sent to (K); Switch: 1")

@@ -48,9 +48,11 @@ class TextModel:
         return [self.tokenizer.eot_id, *self.tokenizer.encode(prompt)]
 
     def check(self, prompt: Sequence[int], where: str) -> list[Problem]:
-        """Whether there is a prompt, and room for one token after it."""
-        if not prompt:
-            return [Problem(where, "is empty", "give a text with <extra_id_0> where something is missing")]
+        """Whether there is something to continue or to fill in, and room for one token after it."""
+        if self.first_sentinel is not None and max(prompt, default=-1) < self.first_sentinel:
+            what = "has no <extra_id_0>" if prompt else "is empty"
+            blanks = "this model fills in blanks marked <extra_id_0>, <extra_id_1> ..."
+            return [Problem(where, what, f"{blanks}, as in: The <extra_id_0> is blue")]
         if len(prompt) < self.context:
             return []
         first = "" if self.first_sentinel is not None else ", with the one that begins a text"

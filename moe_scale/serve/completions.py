@@ -5,10 +5,12 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from moe_scale.errors import ConfigError
 from moe_scale.generate.batch import Finish, Request
 from moe_scale.generate.sampling import Sampling
 from moe_scale.generate.text_model import TextModel
@@ -126,7 +128,8 @@ def requests_of(body: CompletionBody, model: TextModel, max_sequences: int) -> l
     """What is to be generated: for each prompt its ``n`` samples, in the order of the answer's choices.
 
     Raises:
-        RequestError: when the model is another, a prompt too long, or all together too many.
+        RequestError: when the model is another, a prompt too long or without what the model fills in, or all together
+            too many.
     """
     if body.model != model.name:
         message = f"there is no model {body.model!r}; this server has {model.name!r}"
@@ -138,10 +141,14 @@ def requests_of(body: CompletionBody, model: TextModel, max_sequences: int) -> l
     sampling = Sampling(body.temperature, body.top_k, body.top_p, body.repetition_penalty, seed)
     requests = []
     for number, prompt in enumerate(body.prompts, start=1):
-        ids = model.encode(prompt)
-        if problems := model.check(ids, f"prompt {number}"):
-            raise RequestError(str(problems[0]), param="prompt", code="context_length_exceeded")
-        requests += [Request(ids, body.max_tokens, sampling, tuple(body.stops), sample) for sample in range(body.n)]
+        try:
+            first = model.request(prompt, body.max_tokens, sampling, body.stops, 0)
+        except ConfigError as error:
+            raise RequestError(str(error), param="prompt") from None
+        if problems := model.check(first.prompt, f"prompt {number}"):
+            code = "context_length_exceeded" if len(first.prompt) >= model.context else None
+            raise RequestError(str(problems[0]), param="prompt", code=code)
+        requests += [replace(first, sample=sample) for sample in range(body.n)]
     return requests
 
 

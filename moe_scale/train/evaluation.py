@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 Way = Literal["lower", "higher"]
 """Which scores are better."""
 
-BEST, STOPPING, EVALUATED = "best", "stopping", "evaluated_step"
-"""What the scores of a checkpoint hold besides scores: the best so far, the state of :class:`Patience`, and the step of
-the evaluation that gave them."""
+BEST, STOPPING, EVALUATED, OVERFITTING = "best", "stopping", "evaluated_step", "overfitting"
+"""What the scores of a checkpoint hold besides scores: the best so far, the state of :class:`Patience`, the step of the
+evaluation that gave them, and the state of :class:`moe_scale.train.signs.OverfittingWatch`."""
 
 RESTORED = "eval/restored_step"
 """In the last record of a run with early stopping: the step whose weights it ends with."""
@@ -29,7 +29,7 @@ RESTORED = "eval/restored_step"
 
 def only_scores(scores: Mapping[str, Any]) -> dict[str, Any]:
     """The scores of a checkpoint without what it keeps beside them."""
-    return {name: score for name, score in scores.items() if name not in (BEST, STOPPING, EVALUATED)}
+    return {name: score for name, score in scores.items() if name not in (BEST, STOPPING, EVALUATED, OVERFITTING)}
 
 
 def is_better(score: float, than: float | None, way: Way, by: float = 0.0) -> bool:

@@ -32,7 +32,7 @@ from moe_scale.telemetry.throughput import Throughput, mfu, peak_flops
 from moe_scale.train import checkpoint, preflight, snapshot
 from moe_scale.train.ending import end
 from moe_scale.train.engine import build_engine
-from moe_scale.train.evaluation import BEST, EVALUATED, STOPPING, Patience, evaluate, score, settle_best
+from moe_scale.train.evaluation import BEST, EVALUATED, OVERFITTING, STOPPING, Patience, evaluate, score, settle_best
 from moe_scale.train.faults import (
     Agreement,
     BadSteps,
@@ -160,7 +160,7 @@ class RunState:
         step: optimizer steps done.
         tokens: seen over all ranks.
         scores: the last held-out scores; as ``best`` the best so far, and of which score; as ``stopping`` how long
-            it has got no better.
+            it has got no better; as ``overfitting`` what its watch had seen when the run was saved.
     """
 
     step: int
@@ -191,7 +191,7 @@ class Run:
         self.spikes = SpikeWatch(config.faults)
         self.collapse = CollapseWatch(config.faults, job.task.sparse_layers, config.moe.top_k)
         self.routers = RouterWatch(config.faults, job.task.sparse_layers, config.moe.router)
-        self.overfitting = OverfittingWatch(config.faults)
+        self.overfitting = OverfittingWatch(config.faults, state.scores.get(OVERFITTING))
         self.patience: Patience | None = None
         if metric := config.early_stopping.metric:
             self.patience = Patience(config.early_stopping, job.task.scores[metric], state.scores.get(STOPPING))
@@ -359,7 +359,7 @@ def _save(run: Run, *, best: bool) -> None:
     run.at("save")
     if not best:
         settle_best(run)
-    scores = state.scores | ({BEST: run.new_best} if best else {})
+    scores = state.scores | {OVERFITTING: run.overfitting.state()} | ({BEST: run.new_best} if best else {})
     moment = checkpoint.Moment(state.step, state.tokens, scores)
     run.saver.save(run.engine, moment, run.job.task.batches().state_dict(), best=best)
 

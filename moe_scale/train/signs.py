@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 from moe_scale.config import FaultConfig
@@ -104,29 +103,41 @@ class RouterWatch:
 
 
 class OverfittingWatch:
-    """Warns, once, when the held-out loss rises while the training loss falls."""
+    """Warns, once, when the held-out loss rises while the training loss falls.
 
-    def __init__(self, config: FaultConfig):
+    Args:
+        config: after how many evaluations.
+        kept: the state of the run that is continued, if there is one.
+    """
+
+    def __init__(self, config: FaultConfig, kept: Mapping[str, Any] | None = None):
         self.config = config
-        self._trained: list[float] = []
-        self._best: tuple[float, int, float] | None = None
+        kept = kept or {"trained": [0.0, 0], "best": None, "above": 0, "warned": False}
+        self._sum, self._count = kept["trained"]
+        self._best: list[float] | None = kept["best"]
         """The best held-out loss, its step, and the training loss before it."""
-        self._above = 0
-        self._warned = False
+        self._above: int = kept["above"]
+        self._warned: bool = kept["warned"]
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it."""
+        trained = [self._sum, self._count]
+        return {"trained": trained, "best": self._best, "above": self._above, "warned": self._warned}
 
     def trained(self, loss: float) -> None:
         """Take in the loss of a logged step, without what is added to it for the routers."""
-        self._trained.append(loss)
+        if math.isfinite(loss):
+            self._sum, self._count = self._sum + loss, self._count + 1
 
     def evaluated(self, loss: float, step: int) -> list[str]:
         """The warning after an evaluation that came to this held-out loss, if it is due."""
-        if not self._trained or not self.config.overfit_evaluations:
+        if not self._count or not self.config.overfit_evaluations:
             return []
-        training, self._trained = statistics.fmean(self._trained), []
+        training, self._sum, self._count = self._sum / self._count, 0.0, 0
         if not math.isfinite(loss):
             return []
         if self._best is None or loss < self._best[0]:
-            self._best, self._above = (loss, step, training), 0
+            self._best, self._above = [loss, step, training], 0
             return []
         best, at, then = self._best
         self._above = self._above + 1 if loss > best and training < then else 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any, cast
 
@@ -95,7 +96,8 @@ CASES = {
     "gpt2": ["--data.tokenizer", "gpt2", "--model.vocab_size", "50400", "--max_steps", "3", *SPANS],
     # So little text, so often, that it is learned by heart.
     "overfit": ["--max_steps", "120", "--optim.lr", "0.02", "--eval.every", "10", "--data.holdout_fraction", "0.9",
-                "--telemetry.every", "5", "--faults.overfit_evaluations", "2"],
+                "--telemetry.every", "5", "--faults.overfit_evaluations", "2", "--checkpoint.every", "8",
+                "--checkpoint.keep_last", "0"],
 }  # fmt: skip
 
 
@@ -153,6 +155,16 @@ def test_weight_norms_are_those_of_the_weights_saved(folder: Path) -> None:
         assert last["weight_norm/attention"] == pytest.approx(attention, rel=1e-5)
 
 
+def test_autoep_is_refused_without_a_hint_at_what_is_refused_as_well(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as refused:
+        prepare_job(RECIPE, ["--moe.backend", "autoep", "--output_dir", str(tmp_path / "run")])
+    (problem,) = refused.value.problems
+    assert str(problem) == (
+        "moe.backend: autoep takes SwiGLU experts alone, and those of this recipe are relu; use moe.backend custom or "
+        "deepspeed"
+    )
+
+
 def norm_of(parameters: Any) -> float:
     return math.sqrt(sum(float(p.detach().double().square().sum()) for p in parameters))
 
@@ -187,6 +199,17 @@ def test_the_run_tells_of_overfitting(folder: Path) -> None:
     assert scores[step] == pytest.approx(best, abs=1e-4)
     assert scores[step + 20] == pytest.approx(now, abs=1e-4)
     assert best < min(scores[step + 10], now)
+
+
+def test_a_resumed_run_tells_of_overfitting_where_the_whole_one_does(folder: Path) -> None:
+    told = re.compile(r"warning: the held-out loss was .* overfits.*")
+    (expected,) = told.findall((folder / "printed.txt").read_text())
+    step = int(re.findall(r"at step ([0-9]+)", expected)[0])
+    saved = f"step_{(step + 19) // 8 * 8:08d}"  # after the evaluation before the warning, and before the next one
+    shutil.copytree(folder / "overfit" / "checkpoints" / saved, folder / "overfit again" / "checkpoints" / saved)
+    again = [*flags_of(folder, "overfit"), "--output_dir", str(folder / "overfit again"), "--resume", "must"]
+    (folder / "again.json").write_text(json.dumps([again]))
+    assert told.findall(run_ranks(1, [TRAIN_CASES, str(folder / "again.json"), "switch"])) == [expected]
 
 
 def test_the_sample_fills_the_spans_in(folder: Path) -> None:
@@ -235,7 +258,11 @@ def test_moe_scale_generate_fills_in(folder: Path, capsys: pytest.CaptureFixture
     for _ in range(8):
         ids.append(int(model(torch.tensor([ids]), prefix=len(prompt))[0, -1, : tokenizer.vocab_size].argmax()))
     assert found == tokenizer.decode(ids[len(prompt) :]).split("<extra_id_2>")[0] + "\n"
-    for wrong, what in (("", "is empty"), ("a <extra_id_100>", "there are <extra_id_0> to <extra_id_99>")):
+    for wrong, what in (
+        ("", "is empty; this model fills in blanks marked <extra_id_0>, <extra_id_1> ..., as in: The <extra_id_0>"),
+        ("a <extra_id>", "prompt 1: has no <extra_id_0>; this model fills in blanks marked <extra_id_0>"),
+        ("a <extra_id_100>", "there are <extra_id_0> to <extra_id_99>"),
+    ):
         with pytest.raises(SystemExit) as left:
             generated(folder, "spans", wrong, capsys)
         assert left.value.code == 2

@@ -19,6 +19,9 @@ from moe_scale.errors import ConfigError, Problem
 ALLOWED = "give a .csv or .tsv file with the columns' names in its first line, or a .jsonl (or .jsonl.gz) file"
 SUFFIXES = {".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".jsonl.gz": "jsonl"}
 
+MAX_CHARACTERS = 2**24
+"""Of a field of a table. Python's own limit, 131,072, is less than an article."""
+
 Record = dict[str, Any]
 
 
@@ -57,6 +60,9 @@ def file_problems(where: str, name: str, config: ExampleDataConfig) -> list[Prob
     lacking = [field for field in wanted_fields(config) if field not in first[1]]
     if lacking:
         has = ", ".join(map(str, first[1])) or "none"
+        lists = [field for field, value in first[1].items() if isinstance(value, list)]
+        if lists and not config.features_field:
+            has += f"; for lists of numbers instead of text, as in {lists[0]}, set data.features_field {lists[0]}"
         setting = "data.features_field" if config.features_field else "data.text_fields"
         return [
             Problem(
@@ -83,7 +89,7 @@ def read_records(path: Path, report: SkipReport) -> Iterator[tuple[str, Record]]
     except UnicodeDecodeError as error:
         what = f"{path.name} is not UTF-8 ({error.reason})"
         raise ConfigError(Problem(str(path), what, how_to_convert(_start(path), path.name), True)) from error
-    except (OSError, EOFError, zlib.error, csv.Error) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise ConfigError(Problem(str(path), f"{path.name} cannot be read ({error})", "", True)) from error
 
 
@@ -100,16 +106,25 @@ def _start(path: Path) -> bytes:
 def _table(path: Path, file: TextIO, kind: str | None, report: SkipReport) -> Iterator[tuple[str, Record]]:
     # Quotes in tables with tabs are text, as those of GLUE have them.
     how: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if kind == "tsv" else {"strict": True}
+    csv.field_size_limit(MAX_CHARACTERS)
     rows = csv.reader(file, **how)
-    names = next(rows, [])
-    for row in rows:
-        where = f"{path.name}, line {rows.line_num}"
-        if not row:
-            report.skip("empty line", where)
-        elif len(row) != len(names):
-            report.skip("wrong number of columns", where, f"{len(row)}, not {len(names)}")
-        else:
-            yield where, dict(zip(names, row, strict=True))
+    begins = 1  # the line of the next record
+    try:
+        names = next(rows, [])
+        begins = rows.line_num + 1
+        for row in rows:
+            where, begins = f"{path.name}, line {begins}", rows.line_num + 1
+            if not row:
+                report.skip("empty line", where)
+            elif len(row) != len(names):
+                report.skip("wrong number of columns", where, f"{len(row)}, not {len(names)}")
+            else:
+                yield where, dict(zip(names, row, strict=True))
+    except csv.Error as error:
+        what = f"{path.name}, line {begins}: the record that begins there cannot be read ({error})"
+        right = f"a field has at most {MAX_CHARACTERS:,} characters"
+        right += "" if kind == "tsv" else "; one in quotes is closed by a quote, and those inside of it are doubled"
+        raise ConfigError(Problem(str(path), what, right, True)) from error
 
 
 def _json_lines(path: Path, file: TextIO, report: SkipReport) -> Iterator[tuple[str, Record]]:

@@ -158,16 +158,24 @@ def _records(data: ExampleDataConfig, part: str, report: ExampleReport) -> Itera
 def _features(where: str, value: object, width: int, label: int, report: ExampleReport) -> Example | None:
     """The example of a list of positions; None, and counted, where it is no such list or has a number that is none."""
     try:
-        features_SI = np.asarray(value, dtype=np.float32)
+        with np.errstate(over="ignore"):  # what is beyond fp32 becomes infinite
+            features_SI = np.asarray(value, dtype=np.float32)
     except (ValueError, TypeError, OverflowError):
-        report.skip("features that are no list of lists of numbers", where)
+        lists = isinstance(value, list) and all(isinstance(position, list) for position in value)
+        widths = sorted({len(position) for position in value}) if isinstance(value, list) and lists else []
+        if len(widths) > 1:
+            report.skip("features of unequal width", where, f"{widths[0]} to {widths[-1]} numbers a position")
+        else:
+            report.skip("features that are no list of lists of numbers", where)
         return None
     if features_SI.ndim != 2 or not len(features_SI):
         report.skip("features that are no list of lists of numbers", where)
     elif features_SI.shape[1] != width:
         report.skip("features of another width than model.input_size", where, f"{features_SI.shape[1]}, not {width}")
-    elif not np.isfinite(features_SI).all():
-        report.skip("features that are not finite numbers", where)
+    elif not (finite_SI := np.isfinite(features_SI)).all():
+        position, number = np.argwhere(~finite_SI)[0]
+        what = f"{features_SI[position, number]}, number {number + 1} of position {position + 1}"
+        report.skip("features that are not finite numbers", where, what)
     else:
         return Example(where, (), features_SI, label)
     return None
@@ -183,7 +191,11 @@ def _require_examples(config: ClassifierConfig, source: Source, report: ExampleR
     if not source.held_out and _has_held_out(data):
         empty.append(("data.heldout", data.heldout or data.source))
     what = f"no example that can be used{why}"
-    raise_if([Problem(where, f"{name} has {what}", files.ALLOWED, this_host_only=True) for where, name in empty])
+    right = files.ALLOWED
+    if data.features_field:
+        width = config.model.input_size
+        right = f"{data.features_field} is to be a list of positions, each a list of model.input_size = {width} numbers"
+    raise_if([Problem(where, f"{name} has {what}", right, this_host_only=True) for where, name in empty])
 
 
 def _require_classes(source: Source, num_classes: int) -> None:

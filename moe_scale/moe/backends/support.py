@@ -28,6 +28,9 @@ def unsupported(config: MoEConfig, *, zero_stage: int, on_cpu: bool = True) -> l
     if not config.enabled:
         return found
     backend, where = config.backend, "moe.backend"
+    if backend == "autoep" and not config.may_be_swiglu:
+        what = f"autoep takes SwiGLU experts alone, and those of this recipe are {config.activation}"
+        return [Problem(where, what, "use moe.backend custom or deepspeed")]
     if config.kernels == "triton" and backend == "custom":
         found += _triton_problems(config, on_cpu)
     elif not on_cpu and backend != "deepspeed" and config.intermediate_size % 8:

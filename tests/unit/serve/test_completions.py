@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from moe_scale.data.sentinels import with_sentinels
 from moe_scale.data.tokenizer import load_tokenizer
 from moe_scale.generate.sampling import Sampling
 from moe_scale.generate.text_model import TextModel
@@ -16,8 +17,19 @@ from moe_scale.serve.completions import Answer, RequestError, read_body, request
 MODEL = TextModel("small", None, load_tokenizer("gpt2"), 10, torch.device("cpu"))  # type: ignore[arg-type]
 
 
-def asked(**fields: Any) -> list[Any]:
-    return requests_of(read_body(json.dumps({"model": "small", "prompt": "one", **fields}).encode()), MODEL, 8)
+FILLS_IN = TextModel(
+    "small",
+    None,
+    with_sentinels(load_tokenizer("bytes"), 4),
+    20,
+    torch.device("cpu"),
+    257,  # type: ignore[arg-type]
+)
+"""A model that fills in blanks, with four kinds of them."""
+
+
+def asked(of: TextModel = MODEL, **fields: Any) -> list[Any]:
+    return requests_of(read_body(json.dumps({"model": "small", "prompt": "one", **fields}).encode()), of, 8)
 
 
 def test_defaults_are_those_of_openai() -> None:
@@ -87,3 +99,20 @@ def test_usage_counts_a_prompt_once() -> None:
     answer.completion_tokens = 7
     assert answer.usage() == {"prompt_tokens": 5, "completion_tokens": 7, "total_tokens": 12}
     assert answer.piece(0, "a", None)["id"] == answer.last()["id"]
+
+
+def test_a_model_that_fills_in_is_given_blanks_and_ends_after_the_last() -> None:
+    found = asked(FILLS_IN, prompt="a <extra_id_0> b <extra_id_1>", n=2, stop="x")
+    prompt = [*FILLS_IN.tokenizer.encode("a "), 257, *FILLS_IN.tokenizer.encode(" b "), 258]
+    expected = [(prompt, ("x", "<extra_id_2>"), sample) for sample in (0, 1)]
+    assert [(list(request.prompt), request.stop, request.sample) for request in found] == expected
+    for wrong, what, code in (
+        ("one", "prompt 1: has no <extra_id_0>; this model fills in blanks marked <extra_id_0>", None),
+        ("", "is empty; this model fills in blanks", None),
+        (["a <extra_id_0>", "b"], "prompt 2: has no <extra_id_0>", None),
+        ("a <extra_id_4>", "<extra_id_4>; there are <extra_id_0> to <extra_id_3>", None),
+        ("a <extra_id_0>" * 9, "the context holds 20", "context_length_exceeded"),
+    ):
+        with pytest.raises(RequestError, match=what) as refused:
+            asked(FILLS_IN, prompt=wrong)
+        assert (refused.value.status, refused.value.param, refused.value.code) == (400, "prompt", code)

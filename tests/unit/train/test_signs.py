@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from moe_scale.config import FaultConfig
@@ -90,6 +92,22 @@ def test_overfitting_is_warned_of_once() -> None:
     assert "the training loss fell from 2.0000 to 1.0000" in said[3][0]
 
 
+@pytest.mark.parametrize("saved_after", range(1, 6))
+def test_a_run_that_goes_on_warns_of_overfitting_where_the_whole_one_does(saved_after: int) -> None:
+    losses = [(3.0, 3.1), (2.0, 2.9), (1.5, 3.0), (1.0, 3.2), (0.9, 3.4), (0.8, 3.6)]
+    config, said = FaultConfig(overfit_evaluations=2), []
+    watch = OverfittingWatch(config)
+    for number, (training, heldout) in enumerate(losses, start=1):
+        watch.trained(training + 0.1)
+        if number == saved_after:  # between two steps that are logged
+            watch = OverfittingWatch(config, json.loads(json.dumps(watch.state())))
+        watch.trained(training - 0.1)
+        said.append(watch.evaluated(heldout, 10 * number))
+    assert [len(s) for s in said] == [0, 0, 0, 1, 0, 0]
+    assert "the held-out loss was 2.9000 at step 20 and is 3.2000" in said[3][0]
+    assert "the training loss fell from 2.0000 to 1.0000" in said[3][0]
+
+
 @pytest.mark.parametrize(
     "losses",
     [
@@ -116,3 +134,10 @@ def test_a_loss_that_is_no_number_is_not_the_best() -> None:
     watch = OverfittingWatch(FaultConfig(overfit_evaluations=2))
     said = evaluations(watch, (3.0, float("nan")), (2.0, 2.9), (1.5, 3.0), (1.0, 3.2))
     assert [len(s) for s in said] == [0, 0, 0, 1]
+
+
+def test_a_step_without_a_loss_is_not_in_the_mean() -> None:
+    watch = OverfittingWatch(FaultConfig(overfit_evaluations=2))
+    watch.trained(float("nan"))
+    said = evaluations(watch, (3.0, 3.1), (2.0, 3.2), (1.5, 3.3))
+    assert [len(s) for s in said] == [0, 0, 1]

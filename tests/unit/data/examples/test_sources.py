@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from moe_scale.data.examples.example import ExampleReport
+from moe_scale.data.examples.files import MAX_CHARACTERS
 from moe_scale.data.examples.sources import check_examples, read_source
 from moe_scale.errors import ConfigError
 from tests.unit.data.examples.conftest import Settings, some_texts, write_json_lines
@@ -68,6 +69,19 @@ def test_records_that_give_no_example_are_counted(settings: Settings, tmp_path: 
     assert report.examples["wrong number of columns"] == ["a.csv, line 3 (3, not 2)"]
 
 
+def test_a_text_of_any_length_is_read_and_lines_are_told_by_where_records_begin(
+    settings: Settings, tmp_path: Path
+) -> None:
+    text = "word " * 40_000  # more characters than Python's csv takes by itself
+    (tmp_path / "a.csv").write_text(f'text,label\n"two\nlines",0,more\n"{text}",1\n"b\nb",0\n"open,0\nc,1\n')
+    with pytest.raises(ConfigError, match="line 7: the record that begins there"):
+        read(settings(source=str(tmp_path / "a.csv")))
+    (tmp_path / "a.csv").write_text(f'text,label\n"two\nlines",0,more\n"{text}",1\n"b\nb",0\n')
+    found, report = read(settings(source=str(tmp_path / "a.csv")))
+    assert found == [((text.strip(),), 1), (("b b",), 0)]
+    assert report.examples["wrong number of columns"] == ["a.csv, line 2 (3, not 2)"]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "given", "where", "what"),
     [
@@ -80,7 +94,11 @@ def test_records_that_give_no_example_are_counted(settings: Settings, tmp_path: 
         ("a.csv", "", {}, "data.source", "has no record"),
         ("a.csv", "sentence,y\na,1\n", {"label_field": "y"}, "data.text_fields", "no column 'text'; it has sen"),
         ("a.jsonl", '{"text": "a"}\n', {}, "data.label_field", "no field 'label'; it has text"),
-        ("a.csv", 'text,label\n"a,1\n', {}, "data.source", "cannot be read (unexpected end of data)"),
+        ("a.csv", 'text,label\n"a,1\n', {}, "data.source", "line 2: the record that begins there cannot be"),
+        ("a.csv", "text,label\n" + "a" * (MAX_CHARACTERS + 1) + ",1\n", {}, "data.source", "at most 16,777,216 chara"),
+        ("a.jsonl", '{"f": [[1]], "label": 1}\n', {}, "data.text_fields", "in f, set data.features_field f"),
+        ("a.jsonl", '{"f": [[1]], "label": 1}\n', {"features_field": "f", "model_input_size": 2}, "data.source",
+         "f is to be a list of positions, each a list of model.input_size = 2 numbers"),
         ("a.csv", b"text,label\n\xff,1\n", {}, "data.source", "not UTF-8"),
         ("a.csv", "text,label\na,1\n".encode("utf-16"), {}, "data.source", "it is UTF-16: convert it by iconv"),
         ("a.jsonl.gz", b"no gzip", {}, "data.source", "cannot be read after line 0: Not a gzipped file"),
@@ -125,7 +143,7 @@ def test_a_held_out_file_has_to_fit_too(settings: Settings, tmp_path: Path) -> N
 
 def test_features(settings: Settings, tmp_path: Path) -> None:
     good = [{"x": [[n, 1.0], [2, 3]], "label": n % 2} for n in range(4)]
-    bad: list[Any] = [[[1, float("nan")]], [[1, float("inf")]], [[1, 2], [3]], [[1, 2, 3]], [], [1, 2], "text", None]
+    bad: list[Any] = [[[1, float("nan")]], [[1, 1e39]], [[1, 2], [3]], [[1, 2, 3]], [], [1, 2], "text", None]
     records = good + [{"x": value, "label": 0} for value in bad]
     config = settings(source=write_json_lines(tmp_path / "a.jsonl", records), features_field="x", model_input_size=2)
     report = ExampleReport()
@@ -133,6 +151,12 @@ def test_features(settings: Settings, tmp_path: Path) -> None:
     assert [e.features_SI.tolist() for e in found] == [[[n, 1.0], [2, 3]] for n in range(4)]
     assert report.skipped == {
         "features that are not finite numbers": 2,
-        "features that are no list of lists of numbers": 5,
+        "features of unequal width": 1,
+        "features that are no list of lists of numbers": 4,
         "features of another width than model.input_size": 1,
     }
+    assert report.examples["features that are not finite numbers"] == [
+        "a.jsonl, line 5 (nan, number 2 of position 1)",
+        "a.jsonl, line 6 (inf, number 2 of position 1)",
+    ]
+    assert report.examples["features of unequal width"] == ["a.jsonl, line 7 (1 to 2 numbers a position)"]
