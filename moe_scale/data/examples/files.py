@@ -60,6 +60,10 @@ def file_problems(where: str, name: str, config: ExampleDataConfig) -> list[Prob
     lacking = [field for field in wanted_fields(config) if field not in first[1]]
     if lacking:
         has = ", ".join(map(str, first[1])) or "none"
+        if len(first[1]) == 1 and ";" in has and kind_of(path) == "csv":
+            has = f"its first line is {has!r}, and columns of a .csv are separated by commas"
+        else:
+            has = f"it has {has}"
         lists = [field for field, value in first[1].items() if isinstance(value, list)]
         if lists and not config.features_field:
             has += f"; for lists of numbers instead of text, as in {lists[0]}, set data.features_field {lists[0]}"
@@ -68,7 +72,7 @@ def file_problems(where: str, name: str, config: ExampleDataConfig) -> list[Prob
             Problem(
                 "data.label_field" if field == config.label_field else setting,
                 f"{name} has no {'field' if kind_of(path) == 'jsonl' else 'column'} {field!r}",
-                f"it has {has}",
+                has,
                 this_host_only=True,
             )
             for field in lacking
@@ -111,6 +115,9 @@ def _table(path: Path, file: TextIO, kind: str | None, report: SkipReport) -> It
     begins = 1  # the line of the next record
     try:
         names = next(rows, [])
+        if twice := [name for name in dict.fromkeys(names) if name and names.count(name) > 1]:
+            what = f"{path.name} has several columns {twice[0]!r}"
+            raise ConfigError(Problem(str(path), what, "give each a name of its own", True))
         begins = rows.line_num + 1
         for row in rows:
             where, begins = f"{path.name}, line {begins}", rows.line_num + 1

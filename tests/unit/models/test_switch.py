@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -20,6 +21,7 @@ from moe_scale.models.build import build_model
 from moe_scale.models.switch import SwitchLayer, SwitchLM
 from moe_scale.models.switch_counts import num_active_params, num_params, training_flops_per_token
 from moe_scale.models.transformer import sinusoids
+from moe_scale.moe import experts
 from moe_scale.settings import to_dict
 
 VOCAB = 61
@@ -226,15 +228,36 @@ def test_counts_equal_the_module(model: dict[str, Any], moe: dict[str, Any]) -> 
     assert num_active_params(config, layer) == total - round(unused)
 
 
+def expert_by_expert(x_RD: Tensor, weight_LOD: Tensor, counts_L: Tensor) -> Tensor:
+    """The experts' grouped product as products that torch counts."""
+    rows = x_RD.split(counts_L.tolist())
+    return torch.cat([F.linear(x_ND, weight_OD) for x_ND, weight_OD in zip(rows, weight_LOD, strict=True)])
+
+
+@pytest.mark.parametrize(
+    "moe",
+    [
+        {"enabled": False},
+        {},
+        {"every": 1, "top_k": 2, "shared_intermediate_size": 8},
+        {"router": "noisy", "top_k": 3},
+        {"every": 1, "residual": True},
+        {"router": "hash"},
+    ],
+)
 @pytest.mark.parametrize("prefix", [0, 5])
-def test_flops_equal_those_that_torch_counts(prefix: int) -> None:
+def test_flops_equal_those_that_torch_counts(
+    prefix: int, moe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of them, those of experts for as many rows as they are sent, and no look-up."""
     config, length, batch = replace(MODEL, bias=False), 16, 2
-    moe = replace(MOE, enabled=False)  # torch does not count the experts' own kernels
-    model = SwitchLM(config, moe).train()
+    layer = replace(MOE, **moe)  # with biases, as experts without have kernels that torch does not count
+    monkeypatch.setattr(experts, "grouped_linear", expert_by_expert)
+    model = SwitchLM(config, layer).train()
     ids_BS, targets_BS = tokens(batch, length), tokens(batch, length, seed=2)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(ids_BS, targets_BS, prefix=prefix)
-    ours = training_flops_per_token(config, moe, length, prefix) / 3
+    ours = training_flops_per_token(config, layer, length, prefix) / 3
     # torch counts whole squares of scores, and of the head both products of the backward pass in its forward pass.
     seen = (prefix * max(prefix, 1) + sum(range(prefix + 1, length + 1))) / length
     whole = config.num_layers * 4 * config.d_model * (length - seen)
