@@ -246,9 +246,7 @@ def expert_by_expert(x_RD: Tensor, weight_LOD: Tensor, counts_L: Tensor) -> Tens
     ],
 )
 @pytest.mark.parametrize("prefix", [0, 5])
-def test_flops_equal_those_that_torch_counts(
-    prefix: int, moe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_flops_equal_those_that_torch_counts(prefix: int, moe: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """All of them, those of experts for as many rows as they are sent, and no look-up."""
     config, length, batch = replace(MODEL, bias=False), 16, 2
     layer = replace(MOE, **moe)  # with biases, as experts without have kernels that torch does not count
