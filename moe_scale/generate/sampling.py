@@ -19,6 +19,9 @@ from moe_scale.errors import ConfigError, Problem
 _FEW = 1024
 """Most nuclei are smaller: so many of the best tokens are looked at before all are sorted."""
 
+_TINY, _HUGE = 1e-30, 1e30
+"""As far as a temperature or a penalty goes: fp32 has numbers beyond, but no longer all that come of them."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -97,7 +100,7 @@ def choose(logits_BV: Tensor, rows: Sequence[Draws]) -> list[int]:
     if all(s.temperature == 0 for s in settings):
         return best_B.tolist()
     # Of differences to the best, none of which overflows whatever the temperature.
-    logits_BV = (logits_BV - logits_BV.amax(dim=1, keepdim=True)) / column(s.temperature or 1.0 for s in settings)
+    logits_BV = (logits_BV - logits_BV.amax(dim=1, keepdim=True)) / column(max(s.temperature, _TINY) for s in settings)
     if any(s.top_k for s in settings):
         logits_BV = keep_top_k(logits_BV, [s.top_k for s in settings])
     if any(s.top_p < 1 for s in settings):
@@ -108,9 +111,10 @@ def choose(logits_BV: Tensor, rows: Sequence[Draws]) -> list[int]:
 
 
 def penalize_repetition(logits_BV: Tensor, seen_BV: Tensor, penalty_B1: Tensor) -> Tensor:
-    """See :attr:`Sampling.repetition_penalty`; of the tokens in ``seen_BV`` alone."""
+    """See :attr:`Sampling.repetition_penalty`; of the tokens in ``seen_BV`` alone. Finite whatever the penalty."""
+    penalty_B1 = penalty_B1.clamp(_TINY, _HUGE)
     penalized_BV = torch.where(logits_BV > 0, logits_BV / penalty_B1, logits_BV * penalty_B1)
-    return torch.where(seen_BV, penalized_BV, logits_BV)
+    return torch.where(seen_BV, penalized_BV.clamp(-_HUGE, _HUGE), logits_BV)
 
 
 def keep_top_k(logits_BV: Tensor, top_k_B: Sequence[int]) -> Tensor:

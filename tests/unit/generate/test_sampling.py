@@ -171,3 +171,17 @@ def test_logits_that_are_no_numbers_are_told_of(bad: float) -> None:
     logits_BV[1, 5] = bad
     with pytest.raises(ConfigError, match="no numbers"):
         choose(logits_BV, [Draws(Sampling(), [1], VOCAB)] * 2)
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-40, 1e300])
+@pytest.mark.parametrize("penalty", [1e-300, 1e-30, 1e30, 1e300])
+def test_numbers_beyond_fp32_neither_break_a_draw_nor_the_draws_beside_it(penalty: float, temperature: float) -> None:
+    logits_BV = torch.tensor([[3.0, 2.0, 0.0, -1.0], [3.0, 2.0, 0.0, -1.0]])
+    seen = [1, 2, 3]
+    hostile = Draws(Sampling(temperature, repetition_penalty=penalty), seen, 4)
+    drawn, beside = choose(logits_BV, [hostile, Draws(Sampling(1.0, seed=5), seen, 4)])
+    (alone,) = choose(logits_BV[1:], [Draws(Sampling(1.0, seed=5), seen, 4)])
+    assert beside == alone
+    if temperature < 1:
+        assert drawn == (1 if penalty < 1 else 0), "the most probable token"
+    assert 0 <= drawn < 4
