@@ -163,6 +163,10 @@ def test_autoep_is_refused_without_a_hint_at_what_is_refused_as_well(tmp_path: P
         "moe.backend: autoep takes SwiGLU experts alone, and those of this recipe are relu; use moe.backend custom or "
         "deepspeed"
     )
+    flags = ["--moe.backend", "deepspeed", "--moe.top_k", "2", "--moe.renormalize", "false"]
+    with pytest.raises(ConfigError, match="renormalize") as refused:
+        prepare_job(RECIPE, [*flags, "--output_dir", str(tmp_path / "run")])
+    assert "autoep" not in str(refused.value)
 
 
 def norm_of(parameters: Any) -> float:

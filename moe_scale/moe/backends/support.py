@@ -58,7 +58,7 @@ def unsupported(config: MoEConfig, *, zero_stage: int, on_cpu: bool = True) -> l
             Problem(
                 "moe.ep_size",
                 f"{config.ep_size} at ZeRO stage {zero_stage} with {where} = {backend}",
-                "use ZeRO stage 3, or moe.backend autoep at stages 1 and 2",
+                "use ZeRO stage 3" + (", or moe.backend autoep at stages 1 and 2" if config.may_be_swiglu else ""),
             )
         )
     if backend == "autoep":
@@ -99,7 +99,7 @@ def unsupported(config: MoEConfig, *, zero_stage: int, on_cpu: bool = True) -> l
                 Problem(
                     "moe.renormalize",
                     f"false with {where} = deepspeed, which always rescales for top_k > 1",
-                    "use moe.renormalize true, or moe.backend custom or autoep",
+                    "use moe.renormalize true, or moe.backend custom" + (" or autoep" if config.may_be_swiglu else ""),
                 )
             )
         its_policy = config.deepspeed_drop_policy
