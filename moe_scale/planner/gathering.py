@@ -8,6 +8,7 @@ prefetch has counted on them. This follows ``PartitionedParameterCoordinator`` o
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from moe_scale.models.layers import is_sparse
@@ -55,6 +56,26 @@ def setting(subject: Subject, name: str) -> int:
 def is_persistent(subject: Subject, parameter: Parameter) -> bool:
     """Whether stage 3 keeps the parameter whole on every rank between uses."""
     return parameter.numel <= setting(subject, PERSIST)
+
+
+def most_gathered(subject: Subject) -> int:
+    """Elements that stage 3 gathers at once at most, in whatever order the modules of a model run.
+
+    Fetching ahead stops at ``stage3_max_live_parameters``; beyond that is held what is used again within
+    ``stage3_max_reuse_distance``, a stretch that ends with a whole module, and what the present module needs.
+    """
+    modules: dict[str, int] = {}
+    for p in subject.parameters:
+        if not is_persistent(subject, p) and subject.shard_ranks(p) > 1:  # alone, the shard is the whole
+            module = p.name.rpartition(".")[0]
+            modules[module] = modules.get(module, 0) + p.numel
+    return most_held(modules.values(), setting(subject, REUSE), setting(subject, LIVE))
+
+
+def most_held(modules: Collection[int], reuse: int, live: int) -> int:
+    """The bound of :func:`most_gathered` for modules of these sizes."""
+    largest = max(modules, default=0)
+    return min(sum(modules), max(live, reuse + largest) + largest)
 
 
 def forward_order(subject: Subject) -> list[str]:

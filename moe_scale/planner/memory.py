@@ -7,7 +7,9 @@ Each rule was read in DeepSpeed's optimizers and is held against the tensors of 
 stage 3                  flat buffers of the shards in the training precision, in fp32 and of the gradients; parameters
                          up to ``stage3_param_persistence_threshold`` also whole; one bucket of gradients
 stages 1 and 2           all weights in a flat buffer a parameter group, padded to twice the ranks; one rank's part of
-                         it in fp32; of the gradients those of the parameters that this part touches
+                         it in fp32; of the gradients those of the parameters that this part touches, or where
+                         micro-batches are added up in fp32 the part's. Before that, stage 1 keeps all gradients
+                         through the micro-batches of a step, and so it does without ``overlap_comm``
 stage 1 in bf16 that     the same, and all gradients in fp32 (``BF16_Optimizer``)
 accumulates in fp32
 stage 0                  everything, with a copy of the weights in fp32 when they are not
@@ -19,14 +21,24 @@ Units: bytes.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from moe_scale.planner.gathering import is_persistent, setting
 from moe_scale.planner.model import BYTES, Parameter, Subject
 
 BLOCK_8BIT, LEAST_8BIT = 256, 4096
 """bitsandbytes: values that share a scale, and the least elements of a tensor whose moments are 8-bit."""
+
+Moment = Literal["between steps", "in passes", "at update"]
+"""When a rank's bytes are counted: between two steps, at most during forward and backward pass, before the update."""
+
+GRADIENTS: dict[Moment, str] = {
+    "between steps": "gradients",
+    "in passes": "gradients_in_passes",
+    "at update": "gradients_at_update",
+}
 
 
 @dataclass
@@ -39,8 +51,10 @@ class States:
         master: fp32 weights that the optimizer steps.
         moments: the optimizer's state.
         gradients: held through a whole step.
+        gradients_in_passes: the same during forward and backward pass, at most.
         gradients_at_update: the same between the last backward pass and the update.
         host_gradients: fp32 gradients and staging buffers that an offloaded optimizer keeps.
+        staging: a buffer for gradients on their way to the host, on the device.
         bucket: of gradients on their way, held throughout.
         passing_bucket: the same, held during forward and backward pass only.
         update: temporaries of the optimizer's step, at most.
@@ -52,8 +66,10 @@ class States:
     master: int = 0
     moments: int = 0
     gradients: int = 0
+    gradients_in_passes: int = 0
     gradients_at_update: int = 0
     host_gradients: int = 0
+    staging: int = 0
     bucket: int = 0
     passing_bucket: int = 0
     update: int = 0
@@ -71,11 +87,13 @@ class States:
 
     @property
     def _always(self) -> int:
-        return self.weights + self.whole + self.master + self.moments + self.host_gradients + self.bucket
+        shards = self.weights + self.whole + self.master + self.moments
+        return shards + self.host_gradients + self.staging + self.bucket
 
-    def on(self, host: bool) -> dict[str, int]:
+    def on(self, host: bool, moment: Moment = "at update") -> dict[str, int]:
         """Bytes by name in host memory, or in the device's."""
-        names = ("weights", "whole", "master", "moments", "gradients_at_update", "host_gradients", "bucket")
+        always = ("weights", "whole", "master", "moments")
+        names = (*always, GRADIENTS[moment], "host_gradients", "staging", "bucket")
         return {name: getattr(self, name) for name in names if (name in self.on_host) == host and getattr(self, name)}
 
 
@@ -151,13 +169,14 @@ def _stage_3(subject: Subject) -> States:
         master=shards * 4,
         moments=sum(moment_bytes(subject, numel) for numel in flat),
         gradients=gradients,
+        gradients_in_passes=gradients,
         gradients_at_update=gradients,
         bucket=bucket,
         update=4 * max(flat),
     )
     if subject.offloads("optimizer"):
         states.host_gradients = 4 * shards
-        states.on_host |= {"master", "moments", "gradients", "gradients_at_update", "host_gradients"}
+        states.on_host |= {"master", "moments", *GRADIENTS.values(), "host_gradients"}
     if subject.offloads("param"):
         states.on_host.add("weights")
     return states
@@ -169,6 +188,7 @@ def _stage_0(subject: Subject) -> States:
         weights=numel * size,
         master=0 if size == 4 else 4 * numel,
         moments=sum(moment_bytes(subject, p.numel) for p in subject.parameters),
+        gradients_in_passes=numel * size,
         gradients_at_update=numel * size,
         update=numel * size if size == 4 else 4 * numel,  # the flattened all-reduce; or fp32 gradients
     )
@@ -192,9 +212,8 @@ def uses_bf16_optimizer(subject: Subject) -> bool:
 
 
 def _stages_1_and_2(subject: Subject, rank: int | None) -> States:
-    size, accum = subject.bytes_per_value, grad_accum_bytes(subject)
+    size = subject.bytes_per_value
     states = States()
-    touched = [0] if rank is not None else [0] * subject.world_size
     for group in groups(subject):
         flat = flat_numel(subject, group)
         part = flat // subject.shard_ranks(group[0])
@@ -202,32 +221,61 @@ def _stages_1_and_2(subject: Subject, rank: int | None) -> States:
         states.master += part * 4
         states.moments += moment_bytes(subject, part)
         states.update += 4 * part
-        ranks = range(subject.world_size) if rank is None else [rank]
-        for place, number in enumerate(ranks):
-            touched[place] += _touched(group, part, number)
-    numel = sum(p.numel for p in subject.parameters)
     if uses_bf16_optimizer(subject):
+        numel = sum(p.numel for p in subject.parameters)
         states.gradients = sum(flat_numel(subject, group) for group in groups(subject)) * 4
-        states.gradients_at_update = states.gradients + numel * size
+        states.gradients_at_update = states.gradients_in_passes = states.gradients + numel * size
         return states
-    states.gradients_at_update = states.master if accum != size else max(touched) * size
-    buffers = 2 if subject.zero.get("overlap_comm") else 1
-    if subject.zero.get("contiguous_gradients", True):
-        states.passing_bucket = buffers * setting(subject, "reduce_bucket_size") * communication_bytes(subject)
     if subject.offloads("optimizer"):
         # The fp32 gradient, the part in 16 bits, and two buffers of the largest parameter, one of them on the device.
-        staging = 2 * max(p.numel for p in subject.parameters) * size
-        states.host_gradients = states.master + states.master // 4 * size + staging
-        states.gradients_at_update = states.master if subject.plan.grad_accum > 1 else 0
-        states.on_host |= {"master", "moments", "gradients_at_update", "host_gradients"}
+        states.staging = max(p.numel for p in subject.parameters) * size
+        states.host_gradients = states.master + states.master // 4 * size + states.staging
+        states.on_host |= {"master", "moments", "host_gradients"}
+    _add_gradients(subject, states, range(subject.world_size) if rank is None else [rank])
     return states
 
 
-def _touched(group: Sequence[Parameter], part: int, rank: int) -> int:
-    """Elements of the parameters that a rank's part of the flat buffer touches, each counted whole."""
-    first, last, start, found = rank * part, (rank + 1) * part, 0, 0
-    for parameter in group:
-        if start < last and start + parameter.numel > first:
-            found += parameter.numel
-        start += parameter.numel
-    return found
+def _add_gradients(subject: Subject, states: States, ranks: Iterable[int]) -> None:
+    """Gradients of ``DeepSpeedZeroOptimizer`` at stages 1 and 2, of that of the ranks which holds most.
+
+    Those that are added up in fp32 while weights have 16 bits are in a flat buffer of the rank's part, on the device
+    even where the optimizer is not; others are those of the parameters that the part touches. Stage 1 reduces in the
+    last micro-batch only, so that all gradients wait for it, and without ``overlap_comm`` for its backward pass's end.
+    """
+    size, accum, micro_batches = subject.bytes_per_value, grad_accum_bytes(subject), subject.plan.grad_accum
+    overlaps, in_fp32 = bool(subject.zero.get("overlap_comm")), accum != size
+    stage_1, offload = subject.plan.stage == 1, subject.offloads("optimizer")
+    bucket, buckets = setting(subject, "reduce_bucket_size"), 2 if overlaps else 1
+    own = accum if stage_1 and in_fp32 else size  # bytes of a gradient on its way
+    if subject.zero.get("contiguous_gradients", True) or offload:
+        states.passing_bucket = buckets * bucket * own
+    numel = sum(p.numel for p in subject.parameters)
+    oversized = sum(p.numel for p in subject.parameters if p.numel > bucket)  # reduced where they are
+    touched = max(sum(p.numel for p in _touched(subject, rank)) for rank in ranks) * size
+    added_up = micro_batches > 1 and not stage_1 and not in_fp32
+    if in_fp32:
+        states.gradients_at_update = states.master
+    elif not offload:
+        states.gradients_at_update = touched
+    states.gradients_in_passes = states.gradients_at_update
+    if added_up and offload:
+        states.host_gradients += touched
+    elif added_up:
+        states.gradients_in_passes += touched  # those so far, and those of this micro-batch
+    if stage_1:
+        states.gradients_in_passes += (numel if micro_batches > 1 or not overlaps else oversized) * own
+    if stage_1 and in_fp32:  # until the next forward pass the gradients refer to the buckets that they went through
+        used = min(buckets, math.ceil((numel - oversized) / bucket)) * bucket
+        mine = min(sum(p.numel for p in _touched(subject, rank) if p.numel > bucket) for rank in ranks)
+        states.gradients_at_update += (used + oversized - mine) * accum
+
+
+def _touched(subject: Subject, rank: int) -> Iterator[Parameter]:
+    """The parameters that a rank's parts of the flat buffers touch."""
+    for group in groups(subject):
+        part = flat_numel(subject, group) // subject.shard_ranks(group[0])
+        first, last, start = rank * part, (rank + 1) * part, 0
+        for parameter in group:
+            if start < last and start + parameter.numel > first:
+                yield parameter
+            start += parameter.numel

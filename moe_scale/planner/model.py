@@ -2,6 +2,7 @@
 
 The model is built on the meta device by the recipe's own task, with the experts of one rank, so that shapes and names
 follow the code. Every rank holds parameters of the same shapes; what differs is which experts they are.
+:class:`Variants` are runs that are spread in other ways, on the same cluster or on others.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ from typing import Any
 import torch
 
 from moe_scale.errors import Problem, raise_if
+from moe_scale.moe.backends.support import unsupported
 from moe_scale.parallel.ds_json import DeepSpeedPlan
+from moe_scale.parallel.ds_json import plan as check_deepspeed
 from moe_scale.parallel.groups import ParallelGroups
 from moe_scale.parallel.launch import Launch
 from moe_scale.parallel.zero import is_expert_parallel
 from moe_scale.planner.cluster import Cluster
-from moe_scale.train.optim import parameter_groups, part_of
+from moe_scale.train.optim import optimizer_problems, parameter_groups, part_of
 from moe_scale.train.recipe import Recipe, read_run
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -54,6 +57,8 @@ class Subject:
 
     Attributes:
         recipe: its name.
+        kind: of its model, as :attr:`moe_scale.train.task.Task.model_kind`.
+        tokens_per_sequence: of a micro-batch, as the task counts them.
         config: the run's settings.
         plan: the checked DeepSpeed configuration.
         cluster: the machine.
@@ -61,10 +66,17 @@ class Subject:
     """
 
     recipe: str
+    kind: str
+    tokens_per_sequence: int
     config: Any
     plan: DeepSpeedPlan
     cluster: Cluster
     parameters: tuple[Parameter, ...]
+
+    @property
+    def is_decoder(self) -> bool:
+        """Whether activations, traffic and time are modelled, rather than model states alone."""
+        return self.kind == "decoder"
 
     @property
     def world_size(self) -> int:
@@ -87,7 +99,7 @@ class Subject:
     @property
     def tokens(self) -> int:
         """Tokens of one micro-batch of one rank."""
-        return self.plan.micro_batch * self.config.data.seq_len
+        return self.plan.micro_batch * self.tokens_per_sequence
 
     @property
     def tokens_per_step(self) -> int:
@@ -128,8 +140,9 @@ def read_subject(recipe: Recipe, argv: list[str], cluster: Cluster) -> Subject:
     config, plan, problems = read_run(recipe, argv, launch, cluster.device)
     problems += not_modelled(config, {} if problems else plan.json)
     raise_if(problems)
+    task = recipe.task(config)
     parameters = model_parameters(recipe, config, cluster.world_size)
-    return Subject(recipe.name, config, plan, cluster, parameters)
+    return Subject(recipe.name, task.model_kind, task.tokens_per_sequence, config, plan, cluster, parameters)
 
 
 ZERO_PLUS_PLUS = (
@@ -161,9 +174,18 @@ def not_modelled(config: Any, deepspeed: dict[str, Any]) -> list[Problem]:
     if config.moe.enabled and config.moe.backend != "custom":
         what = f"{config.moe.backend}: memory and time are modelled for the custom backend alone"
         found.append(Problem("moe.backend", what, "plan with moe.backend custom"))
-    if not (hasattr(config, "model") and hasattr(config.model, "num_kv_heads") and hasattr(config, "data")):
-        found.append(Problem("recipe", "its model is no decoder", "plans are of decoder language models"))
+    if (lora := getattr(config, "lora", None)) and lora.enabled:
+        what = f"{lora.rank}: what DeepSpeed holds of weights that are frozen is not modelled"
+        found.append(Problem("lora.rank", what, "plan with lora.rank 0"))
     return found
+
+
+def decoder_problems(subject: Subject) -> list[Problem]:
+    """What a run lacks for its activations, traffic and time to be known."""
+    if subject.is_decoder:
+        return []
+    what = f"{subject.recipe}, whose model is no decoder: its model states alone are modelled"
+    return [Problem("recipe", what, "choose recipes/lm_16l.py")]
 
 
 def model_parameters(recipe: Recipe, config: Any, world_size: int) -> tuple[Parameter, ...]:
@@ -183,3 +205,86 @@ def model_parameters(recipe: Recipe, config: Any, world_size: int) -> tuple[Para
         Parameter(name, tuple(p.shape), part_of(name), is_expert_parallel(p), group_of[id(p)])
         for name, p in model.named_parameters()
     )
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How a run's model states are spread over the ranks, and whether the optimizer's are in host memory."""
+
+    stage: int
+    ep_size: int
+    offload: bool
+
+    def __str__(self) -> str:
+        return f"ZeRO-{self.stage}, ep {self.ep_size}{', offloaded' if self.offload else ''}"
+
+    @property
+    def method(self) -> str:
+        """Without the ranks that share the experts, of which there can be more or fewer."""
+        return f"ZeRO-{self.stage}{', offloaded' if self.offload else ''}"
+
+
+class Variants:
+    """Runs that differ from a subject's in how they are spread, each checked as a run is before it starts."""
+
+    def __init__(self, recipe: Recipe, subject: Subject):
+        self.recipe, self.subject = recipe, subject
+        self._parameters = {subject.ep_size: subject.parameters}
+
+    def make(
+        self,
+        sharding: Sharding,
+        *,
+        micro_batch: int | None = None,
+        checkpointing: bool | None = None,
+        cluster: Cluster | None = None,
+    ) -> tuple[Subject | None, str]:
+        """The run with another sharding.
+
+        Args:
+            micro_batch: sequences of a micro-batch of a rank, at the same sequences of a rank a step.
+            checkpointing: whether activations are recomputed.
+            cluster: another machine.
+            What is None stays as it is in the subject's run.
+
+        Returns:
+            the run, or None; and why there is no such run.
+        """
+        subject = self.subject
+        cluster, micro_batch = cluster or subject.cluster, micro_batch or subject.plan.micro_batch
+        sequences = subject.plan.micro_batch * subject.plan.grad_accum
+        if sequences % micro_batch:
+            return None, f"micro-batch {micro_batch} does not divide {sequences} sequences a rank"
+        config = subject.config
+        changes = _deepspeed_changes(sharding, subject, micro_batch, sequences // micro_batch)
+        config = replace(
+            config,
+            deepspeed_override=(*config.deepspeed_override, *changes),
+            moe=replace(config.moe, ep_size=sharding.ep_size),
+        )
+        if checkpointing is not None:
+            config = replace(config, model=replace(config.model, activation_checkpointing=checkpointing))
+        launch = Launch(0, cluster.world_size, 0, cluster.devices_per_node, "none")
+        plan, problems = check_deepspeed(config, launch, cluster.device)
+        problems += unsupported(config.moe, zero_stage=plan.stage, on_cpu=cluster.is_cpu)
+        problems += optimizer_problems(config.optim, offload=plan.offload)
+        if problems:
+            return None, "; ".join(f"{p.where}: {p.what}" for p in config.in_own_words(problems))
+        if sharding.ep_size not in self._parameters:
+            self._parameters[sharding.ep_size] = model_parameters(self.recipe, config, cluster.world_size)
+        parameters = self._parameters[sharding.ep_size]
+        return replace(subject, config=config, plan=plan, cluster=cluster, parameters=parameters), ""
+
+
+def _deepspeed_changes(sharding: Sharding, subject: Subject, micro_batch: int, grad_accum: int) -> list[str]:
+    """The changes of a subject's DeepSpeed JSON, as ``--deepspeed_override`` has them."""
+    changes = [
+        f"zero_optimization.stage={sharding.stage}",
+        f"train_micro_batch_size_per_gpu={micro_batch}",
+        f"gradient_accumulation_steps={grad_accum}",
+    ]
+    if sharding.offload:
+        changes.append('zero_optimization.offload_optimizer={"device": "cpu"}')
+    elif subject.offloads("optimizer"):
+        changes.append("zero_optimization.offload_optimizer=null")
+    return changes

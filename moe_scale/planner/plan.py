@@ -7,6 +7,7 @@ from typing import Any
 
 from moe_scale.models.counts import forward_flops_per_token, training_flops_per_token
 from moe_scale.planner.activations import Activations, Shapes, activations, shapes_of
+from moe_scale.planner.cluster import Cluster
 from moe_scale.planner.gathering import Gathering, follow
 from moe_scale.planner.memory import States, model_states
 from moe_scale.planner.model import Subject
@@ -15,6 +16,8 @@ from moe_scale.planner.traffic import Flow, on_links, step_traffic
 
 FRAGMENTATION = 0.06
 """Share of the tensors' bytes that an allocator loses to rounding and holes: an assumption."""
+HOST_SHARE = 0.9
+"""Share of a host's memory that model states may have; data loading and the system have the rest: an assumption."""
 DISK_RATE = 1e9
 """Bytes a second that a rank writes of a checkpoint: an assumption."""
 
@@ -54,19 +57,15 @@ class Plan:
     @property
     def device_memory(self) -> dict[str, float]:
         """Peak bytes of a device by what they are for."""
-        subject = self.subject
-        found: dict[str, float] = dict(self.states.on(host=False))
-        gathered = self.gathering.peak_numel * subject.bytes_per_value if self.gathering else 0
-        passing = self.activations.peak + gathered + self.states.passing_bucket
-        update = 0 if subject.offloads("optimizer") else self.states.update
-        if update > passing:  # the two never meet
-            found["update"] = update
-        else:
-            kept = sum(self.activations.saved.values())
-            found["activations kept"] = kept
-            found["activations passing"] = max(self.activations.peak - kept, 0.0)
-            found["gathered parameters"] = gathered
-            found["gradient buffers"] = self.states.passing_bucket
+        subject, kept = self.subject, sum(self.activations.saved.values())
+        updating: dict[str, float] = dict(self.states.on(host=False, moment="at update"))
+        updating["update"] = 0 if subject.offloads("optimizer") else self.states.update
+        passing: dict[str, float] = dict(self.states.on(host=False, moment="in passes"))
+        passing["activations kept"] = kept
+        passing["activations passing"] = max(self.activations.peak - kept, 0.0)
+        passing["gathered parameters"] = self.gathering.peak_numel * subject.bytes_per_value if self.gathering else 0
+        passing["gradient buffers"] = self.states.passing_bucket
+        found = max(passing, updating, key=lambda sizes: sum(sizes.values()))  # the two never meet
         found["all-to-all buffers"] = self.all_to_all_buffers
         found = {name: size for name, size in found.items() if size}
         found["fragmentation (assumed)"] = FRAGMENTATION * sum(found.values())
@@ -99,17 +98,7 @@ class Plan:
     @property
     def problems(self) -> list[str]:
         """Why the run does not fit its cluster."""
-        cluster, found = self.subject.cluster, []
-        if cluster.is_cpu:  # device and host are one memory, shared by the host's ranks
-            needed = cluster.devices_per_node * (self.device_bytes + self.host_bytes)
-            if needed > cluster.host_memory:
-                found.append(f"needs {gib(needed)} of a host's {gib(cluster.host_memory)}")
-            return found
-        if self.device_bytes > cluster.device_memory:
-            found.append(f"needs {gib(self.device_bytes)} of a device's {gib(cluster.device_memory)}")
-        if (host := self.host_bytes * cluster.devices_per_node) > 0.9 * cluster.host_memory:
-            found.append(f"needs {gib(host)} of a host's {gib(cluster.host_memory)}")
-        return found
+        return shortfalls(self.subject.cluster, self.device_bytes, self.host_bytes)
 
     @property
     def step_s(self) -> float:
@@ -155,9 +144,7 @@ class Plan:
 
     @property
     def checkpoint_bytes(self) -> float:
-        """Of the weights in fp32 and both moments, as they are written by all ranks together."""
-        numel = sum(self.subject.global_params().values())
-        return numel * (4 + (8 if self.subject.config.optim.name == "adamw" else 2 * (1 + 4 / 256)))
+        return checkpoint_bytes(self.subject)
 
     @property
     def checkpoint_s(self) -> float:
@@ -166,33 +153,16 @@ class Plan:
     def record(self) -> dict[str, Any]:
         """Everything as plain values, for ``plan.json``."""
         subject, config = self.subject, self.subject.config
-        total, active = subject.global_params(), subject.global_params(active=True)
         forward = forward_flops_per_token(config.model, config.moe, config.data.seq_len)
         return {
             "recipe": subject.recipe,
-            "layout": {
-                "cluster": subject.cluster.name,
-                "nodes": subject.cluster.nodes,
-                "devices_per_node": subject.cluster.devices_per_node,
-                "ranks": subject.world_size,
-                "zero_stage": subject.plan.stage,
-                "ep_size": subject.ep_size,
-                "precision": subject.plan.precision,
-                "micro_batch": subject.plan.micro_batch,
-                "grad_accum": subject.plan.grad_accum,
+            "layout": layout_record(subject)
+            | {
                 "seq_len": config.data.seq_len,
                 "activation_checkpointing": config.model.activation_checkpointing,
-                "offload_optimizer": subject.offloads("optimizer"),
-                "offload_param": subject.offloads("param"),
-                "optimizer": config.optim.name,
                 "tokens_per_step": subject.tokens_per_step,
             },
-            "parameters": {
-                "total": sum(total.values()),
-                "active": sum(active.values()),
-                "by_part": total,
-                "active_by_part": active,
-            },
+            "parameters": parameters_record(subject),
             "flops_per_token": {"forward": forward, "training": self.flops_per_token},
             "memory": {
                 "device": self.device_memory,
@@ -254,6 +224,61 @@ def shapes_for(subject: Subject, wishes: Wishes) -> Shapes:
     # Without expert parallelism every rank computes its own rows.
     imbalance = wishes.imbalance if subject.ep_size > 1 else 1.0
     return shapes_of(subject, masked=wishes.masked, arrived=even.arrived * imbalance)
+
+
+def layout_record(subject: Subject) -> dict[str, Any]:
+    """How a run is spread over which machine, as plain values."""
+    return {
+        "cluster": subject.cluster.name,
+        "nodes": subject.cluster.nodes,
+        "devices_per_node": subject.cluster.devices_per_node,
+        "ranks": subject.world_size,
+        "zero_stage": subject.plan.stage,
+        "ep_size": subject.ep_size,
+        "precision": subject.plan.precision,
+        "micro_batch": subject.plan.micro_batch,
+        "grad_accum": subject.plan.grad_accum,
+        "offload_optimizer": subject.offloads("optimizer"),
+        "offload_param": subject.offloads("param"),
+        "optimizer": subject.config.optim.name,
+    }
+
+
+def parameters_record(subject: Subject) -> dict[str, Any]:
+    """Parameters of the whole model, and those that a token uses, as plain values."""
+    total, active = subject.global_params(), subject.global_params(active=True)
+    return {
+        "total": sum(total.values()),
+        "active": sum(active.values()),
+        "by_part": total,
+        "active_by_part": active,
+    }
+
+
+def checkpoint_bytes(subject: Subject) -> float:
+    """Of the weights in fp32 and both moments, as they are written by all ranks together."""
+    numel = sum(subject.global_params().values())
+    return numel * (4 + (8 if subject.config.optim.name == "adamw" else 2 * (1 + 4 / 256)))
+
+
+def shortfalls(cluster: Cluster, device_bytes: float, host_bytes: float) -> list[str]:
+    """What a rank needs that its machine lacks.
+
+    Args:
+        device_bytes: of a rank on its device, with what is lost and reserved.
+        host_bytes: of a rank in host memory.
+    """
+    found = []
+    if cluster.is_cpu:  # device and host are one memory, shared by the host's ranks
+        needed = cluster.devices_per_node * (device_bytes + host_bytes)
+        if needed > cluster.host_memory:
+            found.append(f"needs {gib(needed)} of a host's {gib(cluster.host_memory)}")
+        return found
+    if device_bytes > cluster.device_memory:
+        found.append(f"needs {gib(device_bytes)} of a device's {gib(cluster.device_memory)}")
+    if (host := host_bytes * cluster.devices_per_node) > HOST_SHARE * cluster.host_memory:
+        found.append(f"needs {gib(host)} of a host's {gib(cluster.host_memory)}")
+    return found
 
 
 def gib(size: float) -> str:

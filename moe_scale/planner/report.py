@@ -9,6 +9,7 @@ from rich.table import Table
 from moe_scale.planner.plan import Plan, gib
 from moe_scale.planner.search import Outcome, reasons
 from moe_scale.planner.simulate import Simulation, group_members
+from moe_scale.planner.states import Held, StatesPlan
 from moe_scale.planner.traffic import on_links
 from moe_scale.telemetry.terminal import Console
 
@@ -25,8 +26,10 @@ BOUNDS = {
 NAMES = {
     "whole": "small parameters, whole",
     "master": "fp32 weights",
+    "gradients_in_passes": "gradients",
     "gradients_at_update": "gradients",
     "host_gradients": "fp32 gradients and staging",
+    "staging": "staging of gradients",
     "bucket": "bucket of gradients",
     "update": "temporaries of the update",
 }
@@ -70,6 +73,69 @@ def conclusions(plan: Plan) -> list[str]:
         f"checkpoint: {gib(plan.checkpoint_bytes)}, {plan.checkpoint_s:,.1f} s at "
         f"{plan.wishes.disk_rate / 1e9:g} GB/s a rank",
     ]
+
+
+def show_states(plan: StatesPlan, console: Console | None = None) -> None:
+    """Print what ranks hold of a model whose activations are not known."""
+    console = console or Console(width=110, highlight=False)
+    subject, own, record = plan.subject, plan.own.held, plan.record()
+    cluster, layout = subject.cluster, record["layout"]
+    micro_batches = "1 micro-batch" if layout["grad_accum"] == 1 else f"{layout['grad_accum']} micro-batches"
+    console.print(f"{subject.recipe} on {cluster.nodes} x {cluster.devices_per_node} {cluster.name}")
+    console.print(f"{plan.own.sharding}, {layout['precision']}, {layout['optimizer']}, {micro_batches} a step")
+    console.print(_parameters(record["parameters"]))
+    if own:
+        sizes = {**own.states.on(host=False, moment="in passes"), "gradient buffers": own.states.passing_bucket}
+        sizes["gathered parameters, at most"] = own.gathered_bytes
+        sizes = {name: size for name, size in sizes.items() if size}
+        title = "bytes of a rank in forward and backward pass, without activations"
+        console.print(_bytes(title, sizes, own.in_passes))
+    console.print(_shardings(plan))
+    for outcome in plan.outcomes:
+        if outcome.why:
+            console.print(f"{outcome.sharding}: {outcome.why}")
+    console.print("the fewest devices (of 1, 2, 4, ...) that hold the model, and what each has left for activations:")
+    console.print(_machines(plan))
+    for line in states_conclusions(plan):
+        console.print(line)
+
+
+def states_conclusions(plan: StatesPlan) -> list[str]:
+    """The figures that a plan of model states is made for, one line each."""
+    own, cluster, total = plan.own, plan.subject.cluster, plan.record()["parameters"]
+    lines = [f"parameters: {total['total']:,}, of which a token uses {total['active']:,}"]
+    if held := own.held:
+        most = f"memory: model states take {gib(max(held.in_passes, held.at_update))} of"
+        verdict = f"IT DOES NOT FIT: {own.why}" if own.why else f"{gib(held.room)} are left for activations"
+        lines.append(f"{most} {gib(cluster.device_memory)} a device; {verdict}")
+    return [
+        *lines,
+        f"checkpoint: {gib(plan.checkpoint_bytes)}, {plan.checkpoint_s:,.1f} s at {plan.disk_rate / 1e9:g} GB/s a rank",
+    ]
+
+
+def _shardings(plan: StatesPlan) -> Table:
+    table = Table("of a rank", "between steps", "in passes", "at update", "in host", "for activations", "")
+    for outcome in plan.outcomes:
+        row = [""] * 5
+        if held := outcome.held:
+            sizes = (held.between_steps, held.in_passes, held.at_update, held.host_bytes)
+            row = [gib(size) if size else "" for size in sizes] + [gib(held.room) if held.room > 0 else "none"]
+        style = "bold" if outcome.sharding == plan.own.sharding else None
+        table.add_row(str(outcome.sharding), *row, "no" if outcome.why else "fits", style=style)
+    return table
+
+
+def _machines(plan: StatesPlan) -> Table:
+    table = Table("", *plan.machines)
+    for outcome in plan.outcomes:
+        cells = (_fewest(found[outcome.sharding]) for found in plan.machines.values())
+        table.add_row(outcome.sharding.method, *cells)
+    return table
+
+
+def _fewest(held: Held | None) -> str:
+    return "none" if held is None else f"{held.subject.world_size}: {gib(held.room)}"
 
 
 def percent(share: float | None) -> str:

@@ -10,17 +10,13 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from moe_scale.config import divisors
-from moe_scale.moe.backends.support import unsupported
-from moe_scale.parallel.ds_json import plan as check_deepspeed
-from moe_scale.parallel.launch import Launch
-from moe_scale.planner.model import Parameter, Subject, model_parameters
+from moe_scale.planner.model import Sharding, Subject, Variants
 from moe_scale.planner.plan import Plan, Wishes, make_plan
 from moe_scale.planner.timing import Rates
-from moe_scale.train.optim import optimizer_problems
 from moe_scale.train.recipe import Recipe
 
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
@@ -77,8 +73,8 @@ def candidates(subject: Subject) -> Iterator[Layout]:
 
 def search(recipe: Recipe, subject: Subject, wishes: Wishes, rates: Rates) -> list[Outcome]:
     """Plan every candidate. The fitting ones come first, the fastest of them before the others, then the smaller."""
-    parameters: dict[int, tuple[Parameter, ...]] = {subject.ep_size: subject.parameters}
-    outcomes = [_try(recipe, subject, layout, wishes, rates, parameters) for layout in candidates(subject)]
+    variants = Variants(recipe, subject)
+    outcomes = [_try(variants, layout, wishes, rates) for layout in candidates(subject)]
     return sorted(outcomes, key=_order)
 
 
@@ -96,52 +92,19 @@ def reasons(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
     return found
 
 
-def overrides(layout: Layout, subject: Subject) -> tuple[str, ...]:
-    """The changes of the DeepSpeed JSON that make a layout."""
-    sequences = subject.plan.micro_batch * subject.plan.grad_accum
-    changes = [
-        f"zero_optimization.stage={layout.stage}",
-        f"train_micro_batch_size_per_gpu={layout.micro_batch}",
-        f"gradient_accumulation_steps={sequences // layout.micro_batch}",
-    ]
-    if layout.offload:
-        changes.append('zero_optimization.offload_optimizer={"device": "cpu"}')
-    elif subject.offloads("optimizer"):
-        changes.append("zero_optimization.offload_optimizer=null")
-    return tuple(changes)
-
-
 def flags(layout: Layout) -> list[str]:
     """The settings that make a layout, as on a recipe's command line."""
     recomputed = str(layout.checkpointing).lower()
     return ["--moe.ep_size", str(layout.ep_size), "--model.activation_checkpointing", recomputed]
 
 
-def _try(
-    recipe: Recipe,
-    subject: Subject,
-    layout: Layout,
-    wishes: Wishes,
-    rates: Rates,
-    parameters: dict[int, tuple[Parameter, ...]],
-) -> Outcome:
-    cluster, config = subject.cluster, subject.config
-    sequences = subject.plan.micro_batch * subject.plan.grad_accum
-    if sequences % layout.micro_batch:
-        return Outcome(layout, None, f"micro-batch {layout.micro_batch} does not divide {sequences} sequences a rank")
-    config = replace(
-        config,
-        deepspeed_override=(*config.deepspeed_override, *overrides(layout, subject)),
-        moe=replace(config.moe, ep_size=layout.ep_size),
-        model=replace(config.model, activation_checkpointing=layout.checkpointing),
+def _try(variants: Variants, layout: Layout, wishes: Wishes, rates: Rates) -> Outcome:
+    subject, why = variants.make(
+        Sharding(layout.stage, layout.ep_size, layout.offload),
+        micro_batch=layout.micro_batch,
+        checkpointing=layout.checkpointing,
     )
-    launch = Launch(0, cluster.world_size, 0, cluster.devices_per_node, "none")
-    plan, problems = check_deepspeed(config, launch, cluster.device)
-    problems += unsupported(config.moe, zero_stage=plan.stage, on_cpu=cluster.is_cpu)
-    problems += optimizer_problems(config.optim, offload=plan.offload)
-    if problems:
-        return Outcome(layout, None, "; ".join(f"{p.where}: {p.what}" for p in problems))
-    if layout.ep_size not in parameters:
-        parameters[layout.ep_size] = model_parameters(recipe, config, cluster.world_size)
-    found = make_plan(Subject(subject.recipe, config, plan, cluster, parameters[layout.ep_size]), wishes, rates)
-    return Outcome(layout, found, "; ".join(found.problems))
+    if subject is None:
+        return Outcome(layout, None, why)
+    plan = make_plan(subject, wishes, rates)
+    return Outcome(layout, plan, "; ".join(plan.problems))

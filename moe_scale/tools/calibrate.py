@@ -33,7 +33,7 @@ from moe_scale.parallel import launch as launches
 from moe_scale.parallel import zero
 from moe_scale.parallel.groups import ParallelGroups
 from moe_scale.planner.cluster import Cluster
-from moe_scale.planner.model import Subject, read_subject
+from moe_scale.planner.model import Subject, decoder_problems, read_subject
 from moe_scale.planner.plan import Wishes, shapes_for
 from moe_scale.planner.timing import flops, layout_of, stepped_elements
 from moe_scale.telemetry.provenance import package_versions, source_state
@@ -110,7 +110,9 @@ def this_machine(recipe: Path, argv: list[str]) -> Subject:
         nodes=launch.num_nodes,
         devices_per_node=launch.local_world_size,
     )
-    return read_subject(load_recipe(recipe), argv, cluster)
+    subject = read_subject(load_recipe(recipe), argv, cluster)
+    raise_if(decoder_problems(subject))
+    return subject
 
 
 class Calibration:

@@ -1,7 +1,8 @@
 """``moe-scale plan``: what a run needs and how fast it is, on a cluster that need not be there.
 
 Parameters, FLOPs, memory a rank, traffic, time of a step, and days and cost of a token budget, from a recipe and its
-settings. Nothing is trained, no process group is made, and no GPU is needed.
+settings; of recipes whose model is no decoder, parameters and model states, and what machines hold them. Nothing is
+trained, no process group is made, and no GPU is needed.
 """
 
 from __future__ import annotations
@@ -17,13 +18,15 @@ from moe_scale.errors import ConfigError, Problem, raise_if
 from moe_scale.planner.cluster import GB, PRESETS, Cluster, preset
 from moe_scale.planner.model import Subject, read_subject
 from moe_scale.planner.plan import DISK_RATE, Plan, Wishes, make_plan
-from moe_scale.planner.report import show, show_search, show_simulation
+from moe_scale.planner.report import show, show_search, show_simulation, show_states
 from moe_scale.planner.search import Layout, flags, search
 from moe_scale.planner.simulate import MOST_RANKS, Simulation, simulate_plan
+from moe_scale.planner.states import plan_states
 from moe_scale.planner.timing import Rates, calibration_problems, read_rates
 from moe_scale.telemetry.provenance import package_versions, source_state
 from moe_scale.tools.arguments import not_negative, not_negative_number, positive, positive_number
 from moe_scale.tools.compare import load_recipe
+from moe_scale.train.recipe import Recipe
 
 FIGURES = {
     "device_memory_gb": ("device_memory", GB, "memory of a device, GB"),
@@ -38,6 +41,11 @@ FIGURES = {
     "peak_tflops": ("peak", 1e12, "dense peak of a device in the run's precision, TFLOP/s"),
 }
 """Figures of a preset that a flag replaces: field, unit, help."""
+OF_STATES = {
+    *("recipe", "tool", "cluster", "nodes", "devices_per_node", "device_memory_gb", "host_memory_gb", "reserved_gb"),
+    *("disk_gbps", "output_dir"),
+}
+"""Options that have a say in model states; the others are of activations, traffic and time."""
 ZIPF, SPREAD = 0.3, 0.02
 """What a simulation takes when it is not told."""
 
@@ -106,8 +114,11 @@ def run(arguments: argparse.Namespace, recipe_argv: list[str]) -> dict[str, Any]
     raise_if(_problems(arguments))
     cluster = cluster_of(arguments)
     recipe = load_recipe(Path(arguments.recipe))
+    subject = read_subject(recipe, recipe_argv, cluster)
+    if not subject.is_decoder:
+        return _run_states(arguments, recipe, subject)
     rates = read_rates(arguments.calibration) if arguments.calibration else Rates()
-    wishes, subject = wishes_of(arguments), read_subject(recipe, recipe_argv, cluster)
+    wishes = wishes_of(arguments)
     raise_if([*_without_effect(arguments, subject), *calibration_problems(subject, rates)])
     found: dict[str, Any] = {}
     best = None
@@ -140,6 +151,26 @@ def run(arguments: argparse.Namespace, recipe_argv: list[str]) -> dict[str, Any]
     if written:
         print(f"wrote {', '.join(written)} to {folder}")
     return record
+
+
+def _run_states(arguments: argparse.Namespace, recipe: Recipe, subject: Subject) -> dict[str, Any]:
+    """The same for a recipe of which model states alone are modelled."""
+    what = f"without effect on {subject.recipe}, whose model is no decoder: its model states alone are planned"
+    raise_if([Problem(f"--{name}", what, "leave it out") for name in _given(arguments) if name not in OF_STATES])
+    plan = plan_states(recipe, subject, arguments.disk_gbps * GB)
+    record = plan.record()
+    written = write(Path(arguments.output_dir), record, False) if arguments.output_dir else []
+    show_states(plan)
+    if written:
+        print(f"wrote {', '.join(written)} to {arguments.output_dir}")
+    return record
+
+
+def _given(arguments: argparse.Namespace) -> list[str]:
+    """Options whose value is not their default."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return [name for name, value in vars(arguments).items() if value != parser.get_default(name)]
 
 
 def _simulate(plan: Plan, arguments: argparse.Namespace) -> Simulation:

@@ -146,8 +146,11 @@ def run_case(argv: list[str]) -> dict[str, Any]:
                 if last and micro_step == job.plan.grad_accum - 1:
                     at_update = held()
                 engine.step()
+                if last and micro_step == 0:
+                    between_micro_batches = held()
     result = {
         "held_at_update": at_update,
+        "held_between_micro_batches": between_micro_batches if job.plan.grad_accum > 1 else None,
         "held_between_steps": held(),
         "bytes": dict(counter.bytes),
         "calls": dict(counter.calls),

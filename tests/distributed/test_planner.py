@@ -26,6 +26,7 @@ BF16, ACCUMULATE = "bf16.enabled=true", "gradient_accumulation_steps=2"
 OFFLOAD = 'zero_optimization.offload_optimizer={"device":"cpu"}'
 ALL_SHARDED = "zero_optimization.stage3_param_persistence_threshold=0"
 REUSE, PREFETCH = "zero_optimization.stage3_max_reuse_distance", "zero_optimization.stage3_prefetch_bucket_size"
+SMALL_BUCKET, OVERLAP = "zero_optimization.reduce_bucket_size=20000", "zero_optimization.overlap_comm=true"
 EVERY, EIGHT_BIT = "zero_optimization.sub_group_size=50000", ("--optim.name", "adamw8bit")
 RESIDUAL = ("--moe.residual", "true")
 CHECKPOINTED = ("--model.activation_checkpointing", "true")
@@ -41,11 +42,16 @@ TWO: dict[str, Case] = {
     "stage 0, bf16": (0, (BF16,), ()),
     "stage 1": (1, (), ()),
     "stage 1, accumulating in fp32": (1, (BF16, ACCUMULATE), ()),
+    "stage 1, accumulating": (1, (ACCUMULATE, SMALL_BUCKET), ()),
     "stage 1, 8-bit": (1, (BF16,), EIGHT_BIT),
     "stage 1, offload": (1, (BF16, OFFLOAD), ()),
+    "stage 1, offload, accumulating in fp32": (1, (BF16, OFFLOAD, ACCUMULATE, OVERLAP), ()),
+    "stage 1, offload, small buckets": (1, (BF16, OFFLOAD, ACCUMULATE, SMALL_BUCKET), ()),
+    "stage 1, offload, fp32, accumulating": (1, (OFFLOAD, ACCUMULATE), ()),
     "stage 2": (2, (BF16,), ()),
     "stage 2, accumulating": (2, (BF16, ACCUMULATE), ()),
     "stage 2, offload": (2, (BF16, OFFLOAD, ACCUMULATE), ()),
+    "stage 2, offload, fp32": (2, (OFFLOAD, ACCUMULATE), ()),
     "stage 3": (3, (), ()),
     "stage 3, nothing reused": (3, (ALL_SHARDED, f"{REUSE}=0", f"{PREFETCH}=0", BF16), ()),
     "stage 3, recomputed": (3, (ALL_SHARDED, f"{REUSE}=50000", f"{PREFETCH}=5000"), (*CHECKPOINTED, *RESIDUAL)),
@@ -115,6 +121,21 @@ def test_model_states_are_what_the_ranks_hold(measured: Measured) -> None:
             if max(abs(at_update), abs(between)) > 0.02:
                 wrong[name, rank] = at_update, between
     assert not wrong, f"relative differences at the update and between steps: {wrong}"
+
+
+def test_passes_have_room_for_what_is_held_between_micro_batches(measured: Measured) -> None:
+    """Nothing of it is forgotten, and no more is added than the gradients of a part and buckets."""
+    compared = 0
+    for name, subject in measured.subjects.items():
+        for rank, results in enumerate(measured.ranks):
+            if not (real := results[name]["held_between_micro_batches"]):
+                continue
+            states = model_states(subject, rank)
+            planned = states.passing_bucket + sum(sum(states.on(host, "in passes").values()) for host in (False, True))
+            part = 4 * sum(map(subject.shard, subject.parameters))
+            assert real * 0.998 < planned < real + 1.2 * (part + states.passing_bucket), (name, rank, planned, real)
+            compared += 1
+    assert compared >= 4
 
 
 def test_bytes_of_collectives_are_those_at_the_calls(measured: Measured) -> None:

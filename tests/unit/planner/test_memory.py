@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from moe_scale.planner.cluster import preset
 from moe_scale.planner.memory import model_states, sub_groups
 from tests.unit.planner.subjects import small
@@ -49,6 +51,20 @@ def test_offloading_moves_the_optimizer_to_the_host() -> None:
     states = model_states(small(ds=['zero_optimization.offload_optimizer={"device":"cpu"}', BUCKET]))
     assert {"master", "moments", "host_gradients"} <= states.on(host=True).keys()
     assert states.on(host=False).keys() == {"weights", "whole", "bucket"}
+
+
+def test_stage_1_keeps_all_gradients_until_the_last_micro_batch() -> None:
+    def in_passes(stage: int, *ds: str) -> float:
+        """Bytes a parameter, on the device."""
+        subject = small(ds=[f"zero_optimization.stage={stage}", BUCKET, *ds])
+        return model_states(subject).on(host=False, moment="in passes")["gradients_in_passes"] / numel(subject)
+
+    offload, part = 'zero_optimization.offload_optimizer={"device":"cpu"}', 4 / 8
+    accumulating = "gradient_accumulation_steps=4"  # in fp32
+    assert in_passes(1, offload, accumulating) == pytest.approx(4 + part, rel=0.01)
+    assert in_passes(2, offload, accumulating) == pytest.approx(part, rel=0.01)
+    assert in_passes(1, "gradient_accumulation_steps=1", "zero_optimization.overlap_comm=false") > 2
+    assert in_passes(2, "gradient_accumulation_steps=1", "zero_optimization.overlap_comm=false") < 1
 
 
 def test_small_parameters_are_whole_unless_the_shard_is_the_whole() -> None:
