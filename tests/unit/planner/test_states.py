@@ -1,4 +1,4 @@
-"""Plans of model states: counts, sums done by hand, what holds a model. Real ranks: ``tests/distributed/test_states.py``.
+"""Plans of model states: counts, sums done by hand, what holds a model; ranks: ``tests/distributed/test_states.py``.
 
 Bytes of a parameter (arXiv 1910.02054): 2 of weights and 2 of gradients in bf16, 4 of master weights, 8 of moments.
 """
@@ -16,32 +16,20 @@ from moe_scale.errors import ConfigError
 from moe_scale.models import classifier_counts, multimodal_counts, seq2seq_counts, switch_counts
 from moe_scale.planner.cluster import PRESETS, Cluster, preset
 from moe_scale.planner.gathering import _follow, follow, most_gathered, most_held
-from moe_scale.planner.model import Parameter, Sharding, Subject, Variants, read_subject
+from moe_scale.planner.model import Parameter, Sharding, Variants, read_subject
 from moe_scale.planner.plan import FRAGMENTATION
 from moe_scale.planner.states import Held, StatesPlan, fewest, held_by, plan_states, sharding_of, shardings, sizes
 from moe_scale.train.recipe import Recipe
 from recipes import classifier, multimodal, switch, translation
-from tests.unit.planner.subjects import small
+from tests.unit.planner.subjects import small, small_multimodal
 
-SETTINGS = """
---scale 1node --model.vocab_size 2000 --model.text_layers 2 --model.text_width 64 --model.text_heads 4
---model.image_layers 2 --model.image_width 96 --model.image_heads 4 --model.fusion_layers 2 --model.fusion_width 64
---model.fusion_heads 4 --model.embed_size 32 --moe.num_experts 8 --moe.intermediate_size 96
---deepspeed_config ds_configs/zero3_1node.json
-"""
 NO_BUCKET = ("zero_optimization.reduce_bucket_size=1000", "zero_optimization.overlap_comm=true")
 ALL_SHARDED = "zero_optimization.stage3_param_persistence_threshold=0"
 DEVICE, HOST = Sharding(3, 8, False), Sharding(3, 8, True)
 
 
-def subject_of(*settings: str, ds: Sequence[str] = (), cluster: Cluster | None = None) -> Subject:
-    """A run of a small model of texts and images on 8 A100, unless another cluster is given."""
-    override = ["--deepspeed_override", *ds] if ds else []
-    return read_subject(multimodal.RECIPE, [*SETTINGS.split(), *settings, *override], cluster or preset("A100-80"))
-
-
 def plan_of(*settings: str, ds: Sequence[str] = (), cluster: Cluster | None = None) -> StatesPlan:
-    return plan_states(multimodal.RECIPE, subject_of(*settings, ds=ds, cluster=cluster))
+    return plan_states(multimodal.RECIPE, small_multimodal(*settings, ds=ds, cluster=cluster))
 
 
 def counted(found: Any) -> int:
@@ -146,7 +134,7 @@ def test_ranks_of_a_cpu_share_its_memory() -> None:
 
 def test_the_fewest_devices_are_found() -> None:
     """Memory for what is gathered and a fifth of the rest: eight of 1, 2, 4 and 8 devices with ZeRO-3."""
-    total = sum(subject_of().global_params().values())
+    total = sum(small_multimodal().global_params().values())
     kind = preset("H200", device_memory=(1 + FRAGMENTATION) * (2 + 16 / 5) * total, reserved_memory=1.0)
     plan = plan_of(ds=[*NO_BUCKET, ALL_SHARDED, "gradient_accumulation_steps=1"], cluster=kind)
     assert set(plan.machines) == {name for name in PRESETS if name != "CPU"}
@@ -171,7 +159,7 @@ def test_sizes_go_up_to_a_node_and_on_by_nodes() -> None:
 
 
 def test_experts_are_spread_over_as_many_ranks_as_there_are() -> None:
-    subject = subject_of("--moe.ep_size", "8")
+    subject = small_multimodal("--moe.ep_size", "8")
     held = fewest(Variants(multimodal.RECIPE, subject), DEVICE, preset("H100"))
     assert held
     assert held.subject.world_size == 1
@@ -204,11 +192,11 @@ def test_an_offloaded_run_has_its_own_place_in_the_table() -> None:
 )
 def test_what_is_not_modelled_is_refused(settings: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        subject_of("--moe.ep_size", "1", *settings)
+        small_multimodal("--moe.ep_size", "1", *settings)
 
 
 def test_a_variant_that_no_run_could_be_says_why() -> None:
-    variants = Variants(multimodal.RECIPE, subject_of())
+    variants = Variants(multimodal.RECIPE, small_multimodal())
     assert variants.make(Sharding(1, 8, False))[1] == "moe.ep_size: 8 at ZeRO stage 1 with moe.backend = custom"
     assert "without effect at stage 0" in variants.make(Sharding(0, 1, True))[1]
     assert "micro-batch 3 does not divide" in variants.make(DEVICE, micro_batch=3)[1]

@@ -14,7 +14,7 @@ from moe_scale.parallel import launch as launches
 from moe_scale.train.recipe import prepare_job
 from recipes.lm_16l import RECIPE
 from tests.ranks import REPO
-from tests.unit.planner.subjects import SETTINGS
+from tests.unit.planner.subjects import MULTIMODAL, SETTINGS
 
 RECIPE_FILE = str(REPO / "recipes" / "lm_16l.py")
 
@@ -155,6 +155,84 @@ def test_wrong_settings_are_one_message(
     assert message in said.err
     assert "Traceback" not in said.err
     assert "tokens/s" not in said.out
+
+
+def plan_multimodal(*arguments: str) -> None:
+    main(["plan", str(REPO / "recipes" / "multimodal.py"), *MULTIMODAL.split(), *arguments])
+
+
+def test_model_states_of_another_recipe_are_printed_and_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--cluster", "B200", "--nodes", "2", "--moe.ep_size", "4", "--output_dir", str(tmp_path / "plan")]
+    plan_multimodal(*arguments, "--deepspeed_override", "zero_optimization.stage=3")
+    printed = capsys.readouterr().out
+    for words in (
+        "multimodal on 2 x 8 B200",
+        "ZeRO-3, ep 4, bf16, adamw, 4 micro-batches a step",
+        "gathered parameters, at most",
+        "ZeRO-1, ep 1, offloaded",
+        "fits",
+        "MI300X",
+        "are left for activations",
+        "checkpoint: ",
+        f"wrote plan.json to {tmp_path / 'plan'}",
+    ):
+        assert words in printed
+    assert "tokens/s" not in printed
+    record = json.loads((tmp_path / "plan" / "plan.json").read_text())
+    assert record["model"] == "text-image"
+    assert record["layout"]["ranks"] == 16
+    assert record["parameters"]["total"] == sum(record["parameters"]["by_part"].values())
+    assert [row["stage"] for row in record["memory"]["shardings"]] == [0, 1, 1, 2, 2, 3, 3]
+    assert all(row["fits"] and row["left_for_activations"] > 0 for row in record["memory"]["shardings"])
+    assert [row["devices"] for row in record["machines"]["A100-40"]] == [1] * 7
+    assert [row["ep_size"] for row in record["machines"]["A100-40"]] == [1] * 7
+    assert record["versions"]["torch"]
+
+
+def test_a_model_that_does_not_fit_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    plan_multimodal("--cluster", "H100", "--device_memory_gb", "2.01")
+    printed = capsys.readouterr().out
+    assert "IT DOES NOT FIT: needs" in printed
+    assert "ZeRO-0, ep 1: needs" in printed
+    assert "none" in printed
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        *("--search", "--simulate 16", "--tokens 1e9", "--price 2", "--one_document", "--imbalance 1.5"),
+        *("--calibration rates.json", "--memory_gbps 1", "--intra_gbps 1", "--inter_gbps 1", "--host_gbps 1"),
+        *("--intra_latency_us 1", "--inter_latency_us 1", "--peak_tflops 1"),
+    ],
+)
+def test_options_of_activations_and_time_are_refused_where_states_alone_are_planned(
+    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        plan_multimodal(*option.split(), "--output_dir", str(tmp_path / "plan"))
+    assert left.value.code == 2
+    said = capsys.readouterr()
+    assert f"{option.split()[0]}: without effect on multimodal, whose model is no decoder" in said.err
+    assert said.out == ""
+    assert not (tmp_path / "plan").exists()
+
+
+def test_options_of_states_are_not_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    memories = ("--device_memory_gb", "60", "--host_memory_gb", "900", "--reserved_gb", "3")
+    plan_multimodal(*memories, "--disk_gbps", "2", "--devices_per_node", "4")
+    printed = capsys.readouterr().out
+    assert "of 55.9 GiB a device" in printed
+    assert "at 2 GB/s a rank" in printed
+
+
+def test_a_calibration_needs_a_decoder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = str(REPO / "recipes" / "multimodal.py")
+    with pytest.raises(SystemExit) as left:
+        main(["bench", "--calibrate", recipe, "--output_dir", str(tmp_path / "calibration"), "--scale", "cpu"])
+    assert left.value.code == 2
+    assert "multimodal, whose model is no decoder" in capsys.readouterr().err
 
 
 def test_a_file_that_is_no_recipe_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
