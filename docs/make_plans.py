@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import shlex
+import tempfile
 from pathlib import Path
+from typing import Any
 
 from moe_scale.cli import main
 
+STATES = "moe-scale plan recipes/multimodal.py"
 PLAN = "moe-scale plan recipes/lm_16l.py"
 DENSE = "--moe.enabled false --moe.top_k 1 --model.attention_gate none"
 SECTIONS = {
@@ -38,8 +42,17 @@ SECTIONS = {
         "--model.num_layers 61 --model.d_model 7168 --model.num_heads 64 --model.num_kv_heads 8 --model.head_dim 128 "
         "--moe.num_experts 384 --moe.top_k 8 --moe.intermediate_size 2048 --moe.shared_intermediate_size 2048",
     },
+    "Texts and images: what holds 1.3B and 13B parameters": {
+        "`multimodal` at scale `1node`: 1.3B, of which a token uses 0.6B": f"{STATES} --scale 1node --cluster H100",
+        "`multimodal` at scale `multinode`: 12.9B, of which a token uses 1.6B": f"{STATES} --scale multinode "
+        "--cluster H100 --nodes 2",
+    },
 }
 """Commands by heading and title."""
+CONCLUDING = ("ZeRO-", "parameters:", "compute:", "memory:", "speed:", "budget:", "checkpoint:", "deepspeed ")
+"""How the printed lines begin that conclude a plan."""
+COMPARED = {"ZeRO-1": (1, False), "ZeRO-3": (3, False), "ZeRO-3, offloaded": (3, True)}
+"""Of the ways to spread model states those in the short table: stage, and whether the optimizer is on the host."""
 
 
 def output_of(command: str) -> str:
@@ -50,11 +63,18 @@ def output_of(command: str) -> str:
     return printed.getvalue().rstrip()
 
 
+def record_of(command: str) -> dict[str, Any]:
+    """The ``plan.json`` of a command."""
+    with tempfile.TemporaryDirectory() as folder:
+        output_of(f"{command} --output_dir {folder}")
+        return json.loads((Path(folder) / "plan.json").read_text())
+
+
 def figures(printed: str) -> list[str]:
     """The lines that conclude a plan, put together where the printed ones are broken."""
     found: list[str] = []
     for line in printed.splitlines():
-        if line.startswith(("ZeRO-", "compute:", "memory:", "speed:", "budget:", "checkpoint:", "deepspeed ")):
+        if line.startswith(CONCLUDING):
             found.append(line)
         elif found and line[:1].islower() and ": " not in line:
             found[-1] += f" {line}"
@@ -73,6 +93,22 @@ def wrapped(command: str) -> str:
     return " \\\n".join(lines)
 
 
+def machines(record: dict[str, Any]) -> str:
+    """A table of the fewest devices of each kind that hold a model, and what each has left."""
+    lines = ["| |" + "".join(f" {name} |" for name in COMPARED), "|---|" + "---|" * len(COMPARED)]
+    for kind, found in record["machines"].items():
+        ways = {(way["stage"], way["offload"]): way for way in found}
+        lines.append(f"| {kind} |" + "".join(f" {_held(ways[key])} |" for key in COMPARED.values()))
+    return "\n".join(lines)
+
+
+def _held(way: dict[str, Any]) -> str:
+    if way["devices"] is None:
+        return "none"
+    nodes = f" ({way['nodes']} nodes)" if way["nodes"] > 1 else ""
+    return f"{way['devices']}{nodes}, {way['left_for_activations'] / 2**30:.1f} GiB left"
+
+
 def write() -> None:
     """Run every command and write the page."""
     page = Path(__file__).with_name("plans.md")
@@ -84,6 +120,7 @@ def write() -> None:
             printed = output_of(command)
             concluding = "\n".join(f"- {line}" for line in figures(printed))
             parts.append(f"**{title}**\n\n```bash\n{wrapped(command)}\n```\n\n{concluding}")
+            parts += [machines(record_of(command))] if command.startswith(STATES) else []
             parts.append(f"<details><summary>all that it prints</summary>\n\n```text\n{printed}\n```\n\n</details>")
     page.write_text("\n\n".join(parts) + "\n")
 

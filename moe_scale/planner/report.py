@@ -94,7 +94,7 @@ def show_states(plan: StatesPlan, console: Console | None = None) -> None:
     for outcome in plan.outcomes:
         if outcome.why:
             console.print(f"{outcome.sharding}: {outcome.why}")
-    console.print("the fewest devices (of 1, 2, 4, ...) that hold the model, and what each has left for activations:")
+    console.print("machines: the fewest devices (1, 2, 4, ...) that hold the model, and what each has left over:")
     console.print(_machines(plan))
     for line in states_conclusions(plan):
         console.print(line)

@@ -22,10 +22,9 @@ ACCUMULATE = "gradient_accumulation_steps=2"
 Case = tuple[int, int, tuple[str, ...]]  # ZeRO stage, ep_size, changes of the DeepSpeed JSON
 TRAINED: dict[str, Case] = {
     "stage 0": (0, 1, ()),
-    "stage 1": (1, 1, ()),
     "stage 1, accumulating": (1, 1, (ACCUMULATE,)),
     "stage 1, offload, accumulating": (1, 1, (OFFLOAD, ACCUMULATE)),
-    "stage 2, accumulating": (2, 1, (ACCUMULATE,)),
+    "stage 2": (2, 1, ()),
     "stage 2, offload, accumulating": (2, 1, (OFFLOAD, ACCUMULATE)),
     "stage 3": (3, 1, ()),
     "stage 3, ep 2, accumulating": (3, 2, (ACCUMULATE,)),
@@ -84,10 +83,11 @@ def test_built_models_have_the_shards_that_are_planned(measured: Measured, recip
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 def test_a_model_of_1_3_billion_has_the_shards_that_are_planned(tmp_path: Path) -> None:
     """Built under ``zero.Init`` on two ranks, which takes minutes and 6 GB. Resident memory holds buffers besides."""
     case = ("1.3 billion", "multimodal", ["--scale", "1node"], False)
-    measured = Measured(tmp_path, [case], timeout=280)
+    measured = Measured(tmp_path, [case], timeout=880)
     subject = measured.subjects["1.3 billion"]
     assert sum(subject.global_params().values()) == 1_271_941_635
     planned = model_states(subject).weights

@@ -223,6 +223,7 @@ def test_command_for_a_cpu_runs(
         "recipes/translation.py": translation_flags,
         "recipes/classifier.py": classifier_flags,
         "recipes/switch.py": switch_flags,
+        "plan recipes/multimodal.py": ["--optim.warmup_steps", "1"],
     }
     own = next((flags for name, flags in flags_of.items() if name in command), tiny_flags)
     flags = shlex.join([*own, "--max_steps", "2", "--output_dir", str(tmp_path / "run")])
