@@ -6,6 +6,7 @@ each case found goes to ``CASES.<rank>.json``.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import importlib
 import json
@@ -45,7 +46,9 @@ def made_up(config: MultimodalConfig) -> ImageTextBatch:
 
 
 def resident() -> int:
-    """Bytes of this process that are in memory."""
+    """Bytes of this process that are in memory, once what was freed has gone back to the system."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * 4096
 
@@ -63,7 +66,6 @@ def run_case(recipe: str, argv: list[str], trained: bool) -> dict[str, Any]:
         with torch.device(devices.current()), zero.sharded_construction(plan.json, enabled=plan.stage == 3):
             model = task.build_model(groups)
         shards = [parameter.ds_tensor for parameter in model.parameters()]
-        gc.collect()
         return {"shards": sum(s.nbytes for s in shards), "held": held(), "resident": resident() - before}
     engine = build_engine(lambda: task.build_model(groups), config, plan, devices.detect())
     for step in range(STEPS):
