@@ -95,7 +95,7 @@ def wrapped(command: str) -> str:
 
 def machines(record: dict[str, Any]) -> str:
     """A table of the fewest devices of each kind that hold a model, and what each has left."""
-    lines = ["| |" + "".join(f" {name} |" for name in COMPARED), "|---|" + "---|" * len(COMPARED)]
+    lines = ["| the fewest devices |" + "".join(f" {name} |" for name in COMPARED), "|---|" + "---|" * len(COMPARED)]
     for kind, found in record["machines"].items():
         ways = {(way["stage"], way["offload"]): way for way in found}
         lines.append(f"| {kind} |" + "".join(f" {_held(ways[key])} |" for key in COMPARED.values()))
