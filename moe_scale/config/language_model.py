@@ -12,6 +12,7 @@ from moe_scale.config.base import (
     Fraction,
     NonEmptyText,
     NonNegativeInt,
+    PathText,
     PositiveFloat,
     PositiveInt,
     Strict,
@@ -42,6 +43,11 @@ class DecoderConfig(Strict):
         10000.0, "base of the rotary position embedding"
     )
     norm_eps: PositiveFloat = setting(1e-5, "epsilon of every RMSNorm, QK-norm included")
+    pretrained: PathText = setting(
+        "",
+        "run, checkpoint or model folder whose weights the model begins with, as far as it has them: what it lacks is "
+        "drawn; its tokenizer has to be data.tokenizer; empty draws all",
+    )
     activation_checkpointing: bool = setting(False, "recompute each layer in the backward pass instead of storing it")
     loss_chunk_tokens: PositiveInt = setting(1024, "tokens whose logits are held at once; lower saves memory")
 

@@ -12,6 +12,7 @@ from moe_scale.config.base import (
     Fraction,
     NonEmptyText,
     NonNegativeInt,
+    PathText,
     PositiveFloat,
     PositiveInt,
     Strict,
@@ -65,6 +66,11 @@ class SwitchModelConfig(Strict):
     )
     num_sentinels: Annotated[int, Field(ge=2, le=10_000)] = setting(
         100, "objective=span_corruption: entries after the tokenizer's own that stand for spans"
+    )
+    pretrained: PathText = setting(
+        "",
+        "run, checkpoint or model folder whose weights the model begins with, as far as it has them: what it lacks is "
+        "drawn; its tokenizer has to be data.tokenizer; empty draws all",
     )
     activation_checkpointing: bool = setting(False, "recompute each layer in the backward pass instead of storing it")
     loss_chunk_tokens: PositiveInt = setting(2048, "tokens whose logits are held at once; lower saves memory")

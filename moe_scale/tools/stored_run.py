@@ -14,6 +14,7 @@ from moe_scale.checkpoint.index import Index, read_index
 from moe_scale.checkpoint.reader import load_model
 from moe_scale.config import LMConfig, RunConfig, SwitchConfig, TranslationConfig
 from moe_scale.errors import ConfigError, Problem
+from moe_scale.train.pretrained import tokenizer_of
 
 C = TypeVar("C", bound=RunConfig)
 
@@ -33,6 +34,11 @@ class StoredRun(Generic[C]):
     checkpoint: Path
     index: Index
     config: C
+
+    @property
+    def tokenizer(self) -> str:
+        """Of a text model: what :func:`moe_scale.data.tokenizer.load_tokenizer` takes."""
+        return tokenizer_of(str(self.checkpoint))
 
     def load_model(self, *, dropless: bool = False) -> nn.Module:
         """The model in evaluation mode, in fp32, every byte compared with its checksum; see :func:`load_model`."""

@@ -42,9 +42,9 @@ def open_text_model(arguments: argparse.Namespace) -> TextModel:
     if config.moe.enabled and config.moe.router == "expert_choice":
         what = f"{arguments.run} was trained with moe.router expert_choice: its experts look at later tokens to choose"
         raise ConfigError(Problem("--run", what, "text can be generated with the other routers"))
-    tokenizer = load_tokenizer(config.data.tokenizer)
+    tokenizer = load_tokenizer(stored.tokenizer)
     if tokenizer.vocab_size > config.model.vocab_size:
-        what = f"{config.data.tokenizer} has {tokenizer.vocab_size} tokens, the model {config.model.vocab_size}"
+        what = f"{stored.tokenizer} has {tokenizer.vocab_size} tokens, the model {config.model.vocab_size}"
         raise ConfigError(Problem("data.tokenizer", what, "it is not the one that the run was trained with"))
     model = stored.load_model(dropless=True).to(device)
     causal = cast(CausalModel[Any], model)

@@ -25,7 +25,7 @@ class LanguageModelTask(TextTask):
         self.flops_per_token = training_flops_per_token(config.model, config.moe, config.data.seq_len)
         self.sparse_layers = [n for n in range(config.model.num_layers) if is_sparse(config.moe, n)]
 
-    def build_model(self, groups: ParallelGroups) -> DecoderLM:
+    def draw_model(self, groups: ParallelGroups | None = None) -> DecoderLM:
         return DecoderLM(self.config.model, self.config.moe, groups, self.config.seed)
 
     def forward(self, engine: Any, batch: Batch) -> LMOutput:

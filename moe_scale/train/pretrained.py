@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,9 +12,17 @@ from torch import nn
 from moe_scale.checkpoint.folder import find_checkpoint
 from moe_scale.checkpoint.index import WEIGHT, Index, read_index, verify
 from moe_scale.checkpoint.reader import Reader, persistent_buffers
+from moe_scale.data.tokenizer import TOKENIZER_FOLDER
 from moe_scale.errors import ConfigError, Problem, raise_if
 from moe_scale.moe.placement import placements
 from moe_scale.parallel.zero import set_values
+from moe_scale.train.checkpoint import SETTINGS_THAT_MAY_CHANGE
+
+_OF_NO_WEIGHT = {
+    "model": (*SETTINGS_THAT_MAY_CHANGE["model"], "pretrained"),
+    "moe": tuple(name for name in SETTINGS_THAT_MAY_CHANGE["moe"] if name != "router_temperature"),
+}
+"""Settings that may differ from those that weights were trained with, and need no mention."""
 
 
 def pretrained_problems(where: str, path: str, kind: str, model: nn.Module) -> list[Problem]:
@@ -29,6 +39,41 @@ def pretrained_problems(where: str, path: str, kind: str, model: nn.Module) -> l
     except ConfigError as error:
         return [Problem(where, str(problem), this_host_only=True) for problem in error.problems]
     return _misfits(where, path, kind, model, index)
+
+
+def pretrained_remarks(path: str, model: nn.Module, settings: Mapping[str, Any]) -> list[str]:
+    """What a model that begins with the weights in ``path`` does not share with theirs, one sentence each.
+
+    Args:
+        model: on any device; its values do not matter.
+        settings: of the new run, nested as in a YAML file.
+    """
+    index = read_index(find_checkpoint(Path(path).expanduser()))
+    mine = {place.tensor for place in placements(model).values()} | persistent_buffers(model).keys()
+    found = []
+    for names, what in ((mine - index.tensors.keys(), "drawn"), (index.tensors.keys() - mine, "left out")):
+        if names:
+            some = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
+            found.append(f"model.pretrained: of its tensors and the model's {len(names)} are {what}: {some}")
+    for section, of_no_weight in _OF_NO_WEIGHT.items():
+        theirs = index.settings.get(section, {})
+        found += [
+            f"model.pretrained: {section}.{name} was {theirs[name]} and is {value}"
+            for name, value in settings.get(section, {}).items()
+            if name not in of_no_weight and name in theirs and theirs[name] != value
+        ]
+    return found
+
+
+def tokenizer_of(path: str) -> str:
+    """The tokenizer of the run, checkpoint or model folder ``path``: its name, or a folder of the model's own."""
+    checkpoint = find_checkpoint(Path(path).expanduser()).resolve()
+    own = checkpoint.parents[1] / TOKENIZER_FOLDER
+    return (
+        str(own)
+        if checkpoint.parent.name == "checkpoints" and own.is_dir()
+        else str(read_index(checkpoint).settings["data"]["tokenizer"])
+    )
 
 
 def begin_with(where: str, path: str, kind: str, model: nn.Module) -> None:

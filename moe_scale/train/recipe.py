@@ -213,7 +213,8 @@ def prepare_job(
     job = Job(recipe.name, config, ds_plan, launch, device, task, None, argv)
     resume_from, resume_problems, remarks = _resume(job) if look_at_folder else (None, [], ())
     raise_if(problems + resume_problems)
-    return replace(job, resume_from=resume_from, remarks=remarks)
+    begins = () if resume_from else tuple(task.remarks())
+    return replace(job, resume_from=resume_from, remarks=(*remarks, *begins))
 
 
 def _with_ep_size(config: Any, ep_size: int) -> Any:

@@ -86,7 +86,7 @@ def misfits(engine: Any, index: Index) -> list[Problem]:
             Problem(
                 "resume",
                 f"the checkpoint has no optimizer moments of {lacking[0]}",
-                "it holds weights alone: load_model opens it",
+                "it holds weights alone: begin another run with them by model.pretrained, where the recipe has it",
             )
         ]
     names = [name for name in sorted(mine.keys() | theirs.keys()) if mine.get(name) != theirs.get(name)]

@@ -75,7 +75,7 @@ class SwitchTask(TextTask):
             what = f"the held-out text has {heldout.num_tokens} tokens, not a whole one of data.seq_len = {needed}"
             raise ConfigError(Problem("data.holdout_fraction", what, "choose more, or a shorter data.seq_len"))
 
-    def build_model(self, groups: ParallelGroups) -> SwitchLM:
+    def draw_model(self, groups: ParallelGroups | None = None) -> SwitchLM:
         return SwitchLM(self.config.model, self.config.moe, groups, self.config.seed)
 
     def forward(self, engine: Any, batch: Batch) -> LMOutput:

@@ -51,6 +51,10 @@ class Task(abc.ABC):
     def check(self) -> list[Problem]:
         """What is wrong with the task's input, as far as a quick look tells."""
 
+    def remarks(self) -> list[str]:
+        """What a user should know of the input of a run that begins, one sentence each; asked once it is checked."""
+        return []
+
     @abc.abstractmethod
     def prepare(self, say: Callable[[str], None]) -> None:
         """Make the data ready on this host. Called on the first rank of each host, before :meth:`open`."""

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import abc
 import functools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
+
+import torch
+from torch import nn
 
 from moe_scale.config import LMConfig, SwitchConfig
 from moe_scale.data.loader import TrainLoader
 from moe_scale.data.sources import check_source
 from moe_scale.data.text import Batch, StreamedText, eval_batches, open_text, train_loader
-from moe_scale.data.tokenizer import load_tokenizer
+from moe_scale.data.tokenizer import TOKENIZER_FOLDER, TextTokenizer, copy_tokenizer, load_tokenizer
 from moe_scale.errors import ConfigError, Problem
 from moe_scale.evaluate.language_model import LMScores, score
 from moe_scale.generate.full_passes import sample_ids
 from moe_scale.parallel import device
+from moe_scale.parallel.groups import ParallelGroups
+from moe_scale.settings import to_dict
+from moe_scale.train.pretrained import begin_with, pretrained_problems, pretrained_remarks, tokenizer_of
 from moe_scale.train.task import Task
 
 
@@ -52,7 +61,43 @@ class TextTask(Task):
                     f"choose at least {needed}",
                 )
             )
+        if self.config.model.pretrained and not self.config.problems():
+            found += self._pretrained_problems(tokenizer)
         return found
+
+    def _pretrained_problems(self, tokenizer: TextTokenizer) -> list[Problem]:
+        path = self.config.model.pretrained
+        with torch.device("meta"):
+            model = self.draw_model()
+        if found := pretrained_problems("model.pretrained", path, self.model_kind, model):
+            return found
+        name = tokenizer_of(path)
+        try:
+            theirs = load_tokenizer(name)
+        except ConfigError as error:
+            return [replace(problem, where="model.pretrained") for problem in error.problems]
+        if theirs.fingerprint == tokenizer.fingerprint:
+            return []
+        what = f"{self.config.data.tokenizer}, and {path} was trained with {name}: its tokens mean other texts"
+        return [Problem("data.tokenizer", what, f"choose {name}", this_host_only=True)]
+
+    def remarks(self) -> list[str]:
+        path = self.config.model.pretrained
+        if not path:
+            return []
+        with torch.device("meta"):
+            model = self.draw_model()
+        return pretrained_remarks(path, model, to_dict(self.config))
+
+    @abc.abstractmethod
+    def draw_model(self, groups: ParallelGroups | None = None) -> nn.Module:
+        """The model with weights that are drawn."""
+
+    def build_model(self, groups: ParallelGroups) -> nn.Module:
+        model = self.draw_model(groups)
+        if self.config.model.pretrained:
+            begin_with("model.pretrained", self.config.model.pretrained, self.model_kind, model)
+        return model
 
     def prepare(self, say: Callable[[str], None]) -> None:
         text = open_text(self.config.data, load_tokenizer(self.config.data.tokenizer), say)
@@ -90,6 +135,11 @@ class TextTask(Task):
             world_size=self.world_size,
             max_tokens=self.config.eval.max_tokens,
         )
+
+    def keep_beside(self, run_dir: Path) -> None:
+        source, own = Path(self.config.data.tokenizer).expanduser(), run_dir / TOKENIZER_FOLDER
+        if source.is_dir() and not own.exists():
+            copy_tokenizer(source, own)
 
     def scored(self, engine: Any, model: Callable[..., Any], sink_sequences: int = 0) -> LMScores:
         """Scores of the held-out text; all ranks together.
