@@ -26,7 +26,7 @@ from moe_scale.errors import Problem
 
 @dataclass(frozen=True)
 class DecoderConfig(Strict):
-    """A decoder-only Transformer: pre-norm, GQA with RoPE and QK-norm, gated attention, tied embedding."""
+    """A decoder-only Transformer: pre-norm, GQA with RoPE, QK-norm, gated attention, tied or untied embedding."""
 
     vocab_size: PositiveInt = setting(
         50304, "rows of the embedding: the tokenizer's 50,257 padded to a multiple of 128"
@@ -39,6 +39,9 @@ class DecoderConfig(Strict):
     attention_gate: Literal["none", "elementwise", "headwise"] = setting(
         "elementwise", "sigmoid gate on the attention output before its projection (G1 of arXiv 2505.06708)"
     )
+    qk_norm: Literal["head", "whole", "none"] = setting(
+        "head", "RMSNorm of queries and keys: of each head, of all heads together (whole, as OLMoE has it), or none"
+    )
     rope_theta: Annotated[float, Field(ge=0.1, le=1e12, allow_inf_nan=False)] = setting(
         10000.0, "base of the rotary position embedding"
     )
@@ -48,6 +51,7 @@ class DecoderConfig(Strict):
         "run, checkpoint or model folder whose weights the model begins with, as far as it has them: what it lacks is "
         "drawn; its tokenizer has to be data.tokenizer; empty draws all",
     )
+    tie_embeddings: bool = setting(True, "the output head shares the embedding's weight; false gives it one of its own")
     activation_checkpointing: bool = setting(False, "recompute each layer in the backward pass instead of storing it")
     loss_chunk_tokens: PositiveInt = setting(1024, "tokens whose logits are held at once; lower saves memory")
 

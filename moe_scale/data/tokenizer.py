@@ -138,13 +138,44 @@ def load_tokenizer(name: str) -> TextTokenizer:
     return _auto_tokenizer(name)
 
 
-def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy the files of a tokenizer into a new folder.
+def write_tokenizer(tokenizer: TextTokenizer, folder: Path, max_length: int) -> None:
+    """Write a tokenizer as ``AutoTokenizer`` of transformers opens it, which puts the end-of-text token before texts.
+
+    Documents began with it when the model was trained.
+
+    Args:
+        max_length: tokens that the model was trained on at once.
 
     Raises:
-        OSError: when the target is there already, or cannot be written.
+        OSError: when the folder cannot be written.
     """
-    target.mkdir(parents=True)
+    definition = json.loads(tokenizer.backend.to_str())
+    eot = tokenizer.backend.id_to_token(tokenizer.eot_id)
+    before = {"SpecialToken": {"id": eot, "type_id": 0}}
+    definition["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [before, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [before, {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {eot: {"id": eot, "ids": [tokenizer.eot_id], "tokens": [eot]}},
+    }
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": eot,
+        "eos_token": eot,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": max_length,
+    }
+    for name, content in (("tokenizer.json", definition), ("tokenizer_config.json", settings)):
+        (folder / name).write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy the files of a tokenizer into a folder, which is made where it is not there.
+
+    Raises:
+        OSError: when it cannot be written.
+    """
+    target.mkdir(parents=True, exist_ok=True)
     for name in _FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)

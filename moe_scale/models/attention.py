@@ -65,7 +65,8 @@ def attention_mask(document_ids_BS: Tensor, queries: int | None = None) -> Tenso
 
 
 class Attention(nn.Module):
-    """Causal self-attention: one fused QKV projection, GQA (arXiv 2305.13245), QK-norm, optional gate.
+    """Causal self-attention: one fused QKV projection, GQA (arXiv 2305.13245), QK-norm (arXiv 2302.05442), optional
+    gate.
 
     The gate (G1 of arXiv 2505.06708) multiplies the attention's output, before the output projection, by a sigmoid
     of the layer's normed input: one value a head and position (``headwise``) or one an element (``elementwise``).
@@ -76,8 +77,8 @@ class Attention(nn.Module):
         self.heads, self.kv_heads, self.width = config.num_heads, config.num_kv_heads, config.head_width
         inner = self.heads * self.width
         self.qkv = Linear(config.d_model, inner + 2 * self.kv_heads * self.width, init / "qkv")
-        self.q_norm = nn.RMSNorm(self.width, eps=config.norm_eps)
-        self.k_norm = nn.RMSNorm(self.width, eps=config.norm_eps)
+        self.q_norm = _qk_norm(config, self.heads)
+        self.k_norm = _qk_norm(config, self.kv_heads)
         self.out = Linear(inner, config.d_model, init / "out", std=depth_scale * inner**-0.5)
         self.gate: Linear | None = None
         if config.attention_gate != "none":
@@ -127,11 +128,10 @@ class Attention(nn.Module):
     def _project(self, x_BSD: Tensor, rope: Rope) -> tuple[Tensor, KeysValues]:
         """Queries of the positions, and what they offer to queries."""
         heads, width, kv_heads = self.heads, self.width, self.kv_heads
-        batch, seq_len, _ = x_BSD.shape
         q, k, v = self.qkv(x_BSD).split([heads * width, kv_heads * width, kv_heads * width], dim=-1)
-        q_BHSA = rotate(self.q_norm(q.view(batch, seq_len, heads, width)).transpose(1, 2), rope)
-        k_BGSA = rotate(self.k_norm(k.view(batch, seq_len, kv_heads, width)).transpose(1, 2), rope)
-        return q_BHSA, KeysValues(k_BGSA, v.view(batch, seq_len, kv_heads, width).transpose(1, 2))
+        q_BHSA = rotate(_normed(q, self.q_norm, heads).transpose(1, 2), rope)
+        k_BGSA = rotate(_normed(k, self.k_norm, kv_heads).transpose(1, 2), rope)
+        return q_BHSA, KeysValues(k_BGSA, v.unflatten(-1, (kv_heads, width)).transpose(1, 2))
 
     def _attend(self, x_BSD: Tensor, q_BHSA: Tensor, to: KeysValues, mask: Tensor | None) -> Tensor:
         y_BHSA = F.scaled_dot_product_attention(
@@ -141,6 +141,23 @@ class Attention(nn.Module):
         if self.gate is not None:
             y_BSHA = y_BSHA * self.gate(x_BSD).sigmoid().unflatten(-1, (self.heads, -1))
         return self.out(y_BSHA.flatten(2))
+
+
+def _qk_norm(config: DecoderConfig, heads: int) -> nn.RMSNorm | None:
+    """The norm of queries or keys of ``heads`` heads."""
+    if config.qk_norm == "none":
+        return None
+    return nn.RMSNorm(config.head_width * (heads if config.qk_norm == "whole" else 1), eps=config.norm_eps)
+
+
+def _normed(x_BSI: Tensor, norm: nn.RMSNorm | None, heads: int) -> Tensor:
+    """Queries or keys of all heads side by side (I = heads * A), normed and taken apart to [B, S, heads, A]."""
+    x_BSHA = x_BSI.unflatten(-1, (heads, -1))
+    if norm is None:
+        return x_BSHA
+    if norm.normalized_shape[0] == x_BSHA.shape[-1]:
+        return norm(x_BSHA)
+    return norm(x_BSI).unflatten(-1, (heads, -1))
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ class Counts:
 
 
 def num_params(model: DecoderConfig, moe: MoEConfig) -> Counts:
-    """Parameters of the whole model; the tied head counts once, with the embedding."""
+    """Parameters of the whole model; the head counts with the embedding, once where it is tied."""
     return _params(model, moe, moe.num_experts)
 
 
@@ -42,7 +42,8 @@ def forward_flops_per_token(model: DecoderConfig, moe: MoEConfig, seq_len: int) 
     """
     active = num_active_params(model, moe)
     sparse = sum(is_sparse(moe, layer) for layer in range(model.num_layers))
-    weights = active.total - active.norms - sparse * moe.top_k * _expert_biases(model, moe)
+    looked_up = 0 if model.tie_embeddings else model.vocab_size * model.d_model
+    weights = active.total - looked_up - active.norms - sparse * moe.top_k * _expert_biases(model, moe)
     visible = (seq_len + 1) / 2
     return 2 * weights + model.num_layers * 4 * model.num_heads * model.head_width * visible
 
@@ -60,14 +61,15 @@ def _params(model: DecoderConfig, moe: MoEConfig, experts_counted: int) -> Count
     scores = {"hash": 0, "noisy": 2}.get(moe.router, 1)
     matrices = 3 if moe.activation == "swiglu" else 2
     expert = matrices * d_model * moe.intermediate_size + _expert_biases(model, moe)
+    qk_norms = {"none": 0, "head": 2, "whole": heads + kv_heads}[model.qk_norm] * width
     return Counts(
-        embedding=model.vocab_size * d_model,
+        embedding=model.vocab_size * d_model * (1 if model.tie_embeddings else 2),
         attention=model.num_layers * attention,
         router=sparse * d_model * (moe.num_experts * scores + 2 * moe.residual),
         experts=sparse * experts_counted * expert,
         dense_ffn=(model.num_layers - sparse) * 3 * d_model * dense_hidden(moe)
         + sparse * matrices * d_model * (moe.intermediate_size if moe.residual else moe.shared_intermediate_size),
-        norms=model.num_layers * (2 * d_model + 2 * width) + d_model,
+        norms=model.num_layers * (2 * d_model + qk_norms) + d_model,
     )
 
 

@@ -90,7 +90,7 @@ class DecoderLayer(nn.Module):
 
 
 class DecoderLM(nn.Module):
-    """A decoder-only language model with tied embedding and head; a :class:`moe_scale.models.cache.CausalModel`.
+    """A decoder-only language model, a :class:`moe_scale.models.cache.CausalModel`.
 
     Args:
         config: the decoder's settings.
@@ -113,7 +113,10 @@ class DecoderLM(nn.Module):
             for layer in range(config.num_layers)
         )
         self.final_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
-        self.head = TiedHead(self.embedding, config.loss_chunk_tokens)
+        rows = self.embedding
+        if not config.tie_embeddings:
+            rows = TokenEmbedding(config.vocab_size, config.d_model, init / "head")
+        self.head = TiedHead(rows, config.loss_chunk_tokens)
 
     def forward(
         self,

@@ -93,7 +93,7 @@ class SummedLoss(NamedTuple):
 
 
 class TiedHead(nn.Module):
-    """Output head that shares the embedding's weight.
+    """Output head that shares an embedding's weight; where that of the input is not to be shared, of another one.
 
     A module of its own, so that ZeRO-3 gathers the weight for it as it does for the embedding.
 

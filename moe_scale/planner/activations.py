@@ -94,10 +94,10 @@ def attention(s: Shapes) -> Terms:
     heads, kv_heads, width = m.num_heads, m.num_kv_heads, m.head_width
     q, k = tokens * heads * width, tokens * kv_heads * width
     gates = {"none": 0, "headwise": heads, "elementwise": heads * width}[m.attention_gate]
-    qk_stats = tokens * (heads + kv_heads) * 4
+    qk_stats = {"none": 0, "whole": 2, "head": heads + kv_heads}[m.qk_norm] * tokens * 4
     if s.kernels == "cpu":
         # fp32 needs no wider copy of q and k: the projection's output is what the norm keeps.
-        qk_norm = (q + k) * (4 if size == 4 else 8) + qk_stats
+        qk_norm = qk_stats and (q + k) * (4 if size == 4 else 8) + qk_stats
         rope = 0 if size == 4 else 2 * 2 * s.seq_len * width * size
     else:
         qk_norm, rope = qk_stats, 2 * 2 * s.seq_len * width * size
@@ -216,7 +216,8 @@ def activations(s: Shapes) -> Activations:
     loss_forward = final + stream + 4 * embedding + chunk * size + max(rows_at_once * 12, embedding * size)
     rounded = 0 if size == 4 else embedding * size
     loss_backward = final + stream + (4 + 4) * embedding + rounded + tokens * width * 4
-    waiting = float(embedding * size)
+    # The gradient of a weight that both ends of the model share waits for that of the other end.
+    waiting = float(embedding * size) if model.tie_embeddings else 0.0
     working = layer_working(s, largest)
     saved["final norm"] = _norm(s, width, output=False)
     saved["the loss's gradients"] = stream + 4 * embedding

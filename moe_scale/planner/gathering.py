@@ -109,7 +109,8 @@ class _Layer:
         self.attention_norm, self.ffn_norm = f"{self.name}.attention_norm", f"{self.name}.ffn_norm"
         self.attention = f"{self.name}.attention"
         gate = ["gate"] if model.attention_gate != "none" else []
-        self.in_attention = [f"{self.attention}.{name}" for name in ("qkv", "q_norm", "k_norm", *gate, "out")]
+        norms = [] if model.qk_norm == "none" else ["q_norm", "k_norm"]
+        self.in_attention = [f"{self.attention}.{name}" for name in ("qkv", *norms, *gate, "out")]
         self.block, inside = f"{self.name}.ffn", ["gate_up", "down"]
         self.outputs = 1
         if is_sparse(moe, number):
@@ -136,7 +137,7 @@ def follow(subject: Subject) -> Gathering:
     for parameter in subject.parameters:
         if not is_persistent(subject, parameter):
             owned.setdefault(parameter.name.rpartition(".")[0], []).append(parameter)
-    if "embedding" in owned:
+    if "embedding" in owned and subject.config.model.tie_embeddings:
         owned["head"] = owned["embedding"]  # the head shares the weight
     forward, backward = forward_order(subject), backward_order(subject)
     order = [owned.get(name, []) for name in forward + backward]

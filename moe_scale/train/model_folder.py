@@ -85,7 +85,8 @@ def write_model_folder(
         ``folder``.
 
     Raises:
-        ConfigError: if the folder is there already or cannot be written; nothing is left behind then.
+        ConfigError: if the folder is there already or cannot be written, or the weights are not those of such a
+            model; nothing is left behind then.
     """
     new_folder(str(folder))
     partial = folders.partial_of(folder)
@@ -173,7 +174,8 @@ def _pieces(
     for name in names:
         values = weight(name).detach()
         if tuple(values.shape) != shapes[name]:
-            raise ValueError(f"{name} is {tuple(values.shape)}, and the settings make it {shapes[name]}")
+            what = f"{name} is {tuple(values.shape)}, and the settings make it {shapes[name]}"
+            raise ConfigError(Problem("the weights", what, "they are not those of such a model"))
         yield Piece(name, shapes[name], WEIGHT, 0, values.to("cpu").reshape(-1))
 
 

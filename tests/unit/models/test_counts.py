@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -59,6 +60,19 @@ def test_parameters_are_those_of_the_module(gate: str, moe: dict[str, Any], head
     assert {part: getattr(counts, part) for part in parts} == parts
     assert counts.total == sum(parts.values())
     assert num_active_params(*settings).total == active
+
+
+@pytest.mark.parametrize("qk_norm", ["none", "head", "whole"])
+@pytest.mark.parametrize("tie_embeddings", [True, False])
+def test_norms_and_heads_are_those_of_the_module(qk_norm: Any, tie_embeddings: bool, one_thread: None) -> None:
+    model, moe = configs("none", {"num_experts": 4, "top_k": 2})
+    model = replace(model, qk_norm=qk_norm, tie_embeddings=tie_embeddings)
+    with torch.device("meta"):
+        module = DecoderLM(model, moe)
+    assert num_params(model, moe).total == sum(p.numel() for p in module.parameters())
+    seen = replace(model, qk_norm="head", tie_embeddings=True)
+    flops = [forward_flops_per_token(settings, moe, 9) for settings in (model, seen)]
+    assert flops[0] == flops[1], "norms multiply no matrices, and an embedding is a look-up"
 
 
 HALVES: tuple[dict[str, Any], ...] = ({}, {"shared_intermediate_size": 5}, {"residual": True})

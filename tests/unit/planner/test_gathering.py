@@ -33,6 +33,7 @@ def note_gradient(output: torch.Tensor | tuple, name: str, into: list[str]) -> N
         ["--moe.every", "2", "--moe.residual", "true", "--model.attention_gate", "none"],
         ["--moe.router", "noisy", "--moe.shared_intermediate_size", "8"],
         ["--moe.router", "hash"],
+        ["--model.qk_norm", "none", "--model.tie_embeddings", "false"],
         ["--model.activation_checkpointing", "true"],
     ],
     ids=" ".join,

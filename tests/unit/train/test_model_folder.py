@@ -155,6 +155,6 @@ def test_a_failure_leaves_nothing(config: LMConfig, tmp_path: Path) -> None:
         return torch.zeros(3)
 
     (tmp_path / "models").mkdir()
-    with pytest.raises(ValueError, match=r"embedding.weight is \(3,\)"):
+    with pytest.raises(ConfigError, match=r"embedding.weight is \(3,\)"):
         write_model_folder(tmp_path / "models" / "made", "decoder", config, wrong, origin={})
     assert not list((tmp_path / "models").iterdir())
