@@ -31,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         serve,
         sweep,
         translate,
+        upcycle,
     )
     from moe_scale.train.recipe import exit_codes
 
@@ -49,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "serve": serve,
         "sweep": sweep,
         "translate": translate,
+        "upcycle": upcycle,
     }
     parser = argparse.ArgumentParser(prog="moe-scale", description="Tools around training mixture-of-experts models.")
     tools = parser.add_subparsers(dest="tool", required=True, metavar="TOOL")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,14 +11,14 @@ import torch
 from torch import Tensor
 
 from moe_scale.config import LMConfig, TextDataConfig
-from moe_scale.data.tokenizer import copy_tokenizer, load_tokenizer
+from moe_scale.data.tokenizer import load_tokenizer
 from moe_scale.errors import ConfigError, Problem, raise_if
 from moe_scale.models.hf.directory import Directory
 from moe_scale.models.hf.families import FAMILIES
 from moe_scale.models.hf.settings import from_hf
 from moe_scale.models.hf.tensors import Rule, rules
 from moe_scale.tools.stored_run import LM
-from moe_scale.train.model_folder import new_folder, write_model_folder
+from moe_scale.train.model_folder import copy_of_tokenizer, new_folder, write_model_folder
 
 _IGNORED = ("rotary_emb.inv_freq",)
 """Ends of names of tensors that older releases stored though they follow from the settings."""
@@ -62,22 +61,12 @@ def run(arguments: argparse.Namespace) -> Path:
         config,
         _weights(directory, found),
         origin={"tool": "import", "source": str(directory.path.resolve()), "architecture": family.architecture},
-        tokenizer=functools.partial(_copy, Path(name).expanduser()) if Path(name).expanduser().is_dir() else None,
+        tokenizer=copy_of_tokenizer(name),
     )
     sparse = f"{moe.num_experts} experts, {moe.top_k} a token" if moe.enabled else "dense"
     print(f"wrote {target}: {family.architecture}, {model.num_layers} layers of {model.d_model}, {sparse}")
     print(f"train on with: python recipes/lm_16l.py --config {target / 'settings.yaml'}")
     return target
-
-
-def _copy(source: Path, target: Path) -> None:
-    """Copy a tokenizer; see that it is all there."""
-    copy_tokenizer(source, target)
-    try:
-        load_tokenizer(str(target))
-    except ConfigError:
-        shutil.rmtree(target)
-        raise
 
 
 def _require_names(directory: Directory, found: list[Rule], *, tied: bool) -> None:

@@ -12,6 +12,7 @@ Whatever opens a run opens it too: ``moe-scale generate``, :func:`moe_scale.load
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,7 +31,7 @@ from moe_scale.checkpoint.index import WEIGHT, Index, read_index, verify
 from moe_scale.checkpoint.reader import persistent_buffers
 from moe_scale.checkpoint.writer import Piece, join, write_part
 from moe_scale.config import RunConfig
-from moe_scale.data.tokenizer import TOKENIZER_FOLDER
+from moe_scale.data.tokenizer import TOKENIZER_FOLDER, copy_tokenizer, load_tokenizer
 from moe_scale.errors import ConfigError, Problem
 from moe_scale.models.build import build_model
 from moe_scale.settings import to_dict
@@ -114,6 +115,22 @@ def write_model_folder(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def copy_of_tokenizer(name: str) -> Callable[[Path], None] | None:
+    """What writes the tokenizer ``name`` into a model folder; None for one that is found by its name.
+
+    Args:
+        name: as ``data.tokenizer`` takes it.
+    """
+    source = Path(name).expanduser()
+    return functools.partial(_copy, source) if source.is_dir() else None
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy a tokenizer, and see that it is all there."""
+    copy_tokenizer(source, target)
+    load_tokenizer(str(target))
 
 
 def _with(config: Any, section: str, **values: Any) -> Any:
