@@ -18,7 +18,7 @@ from moe_scale.checkpoint.reader import Reader
 from moe_scale.data.tokenizer import copy_tokenizer, load_tokenizer, write_tokenizer
 from moe_scale.errors import ConfigError, Problem
 from moe_scale.models.hf.directory import CONFIG, write_tensors
-from moe_scale.models.hf.families import Family
+from moe_scale.models.hf.families import GLOBAL_NAMES, Family
 from moe_scale.models.hf.settings import home_of, to_hf
 from moe_scale.models.hf.tensors import rules
 from moe_scale.models.plain import plain_settings
@@ -93,6 +93,8 @@ def _renamed(stored: StoredRun[Any], family: Family) -> Iterator[tuple[str, Tens
     for rule in rules(family, stored.config.model, stored.config.moe):
         tensors = rule.to_theirs([reader.weight(name).float() for name in rule.ours])
         yield from zip(rule.theirs, tensors, strict=True)
+    if stored.config.model.tie_embeddings and not family.ties:
+        yield GLOBAL_NAMES["head.weight"], reader.weight("embedding.weight")
 
 
 def _as_they_are(stored: StoredRun[Any]) -> Iterator[tuple[str, Tensor]]:

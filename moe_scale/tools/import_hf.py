@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> Path:
     """
     target = new_folder(arguments.output_dir)
     directory = Directory(Path(arguments.source).expanduser(), "source")
-    family, model, moe = from_hf(directory.settings, directory.is_zero)
+    family, model, moe = from_hf(directory)
     found = list(rules(family, model, moe))
     _require_names(directory, found, tied=model.tie_embeddings)
     name = arguments.tokenizer or str(directory.path)

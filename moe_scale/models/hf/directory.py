@@ -58,6 +58,10 @@ class Directory:
         """Whether a tensor is there and holds nothing but zeros."""
         return name in self._files and not bool(self.tensor(name).any())
 
+    def equal(self, one: str, other: str) -> bool:
+        """Whether two tensors are there and hold the same numbers."""
+        return {one, other} <= self.names and torch.equal(self.tensor(one), self.tensor(other))
+
     @functools.cached_property
     def settings(self) -> dict[str, Any]:
         """The settings with all defaults of the kind of model, which are those of transformers."""

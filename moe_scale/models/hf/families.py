@@ -28,6 +28,8 @@ class Family:
         expert: an expert's gate, up and down projection.
         hidden: the name of the hidden width of an expert, or where there are none of the feed-forward.
         counted: the name of the number of experts.
+        ties: whether programs beside transformers are known to take the embedding for the head where it is tied; of the
+            other families all published models have a head of their own, so it is always stored.
     """
 
     model_type: str
@@ -43,6 +45,7 @@ class Family:
     expert: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     hidden: str = "intermediate_size"
     counted: str = "num_experts"
+    ties: bool = True
 
 
 FAMILIES = (
@@ -50,13 +53,13 @@ FAMILIES = (
     Family("qwen3", "Qwen3ForCausalLM", "head"),
     Family(
         "mixtral", "MixtralForCausalLM", "none", sparse=True, always_normed=True,
-        block="block_sparse_moe", expert=("w1", "w3", "w2"), counted="num_local_experts",
+        block="block_sparse_moe", expert=("w1", "w3", "w2"), counted="num_local_experts", ties=False,
     ),
-    Family("olmoe", "OlmoeForCausalLM", "whole", sparse=True),
+    Family("olmoe", "OlmoeForCausalLM", "whole", sparse=True, ties=False),
     Family("qwen3_moe", "Qwen3MoeForCausalLM", "head", sparse=True, mixes=True, hidden="moe_intermediate_size"),
     Family(
         "qwen3_next", "Qwen3NextForCausalLM", "head", gated=True, sparse=True, mixes=True, shared=True, norm_shift=1.0,
-        hidden="moe_intermediate_size",
+        hidden="moe_intermediate_size", ties=False,
     ),
 )  # fmt: skip
 BY_TYPE = {family.model_type: family for family in FAMILIES}

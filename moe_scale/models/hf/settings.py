@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import Any
 
 from moe_scale.config import DecoderConfig, MoEConfig
 from moe_scale.errors import ConfigError, Problem, raise_if
-from moe_scale.models.hf.families import BY_TYPE, FAMILIES, SILENT_SHARED_WIDTH, Family
+from moe_scale.models.hf.directory import Directory
+from moe_scale.models.hf.families import BY_TYPE, FAMILIES, GLOBAL_NAMES, SILENT_SHARED_WIDTH, Family
 from moe_scale.models.layers import dense_hidden, is_sparse
 
-Settings = tuple[DecoderConfig, MoEConfig]
+_BOTH_ENDS = GLOBAL_NAMES["embedding.weight"], GLOBAL_NAMES["head.weight"]
+"""Two tensors that are one where the head is tied."""
 
 
 def home_of(model: DecoderConfig, moe: MoEConfig) -> Family:
@@ -99,7 +100,7 @@ def to_hf(
         "rms_norm_eps": model.norm_eps,
         "rope_theta": model.rope_theta,
         "rope_parameters": rope,
-        "tie_word_embeddings": model.tie_embeddings,
+        "tie_word_embeddings": model.tie_embeddings and family.ties,
         "bos_token_id": eot_id,
         "eos_token_id": eot_id,
         "torch_dtype": dtype,
@@ -126,16 +127,13 @@ def to_hf(
     return found
 
 
-def from_hf(theirs: Mapping[str, Any], is_zero: Callable[[str], bool]) -> tuple[Family, DecoderConfig, MoEConfig]:
-    """The family and our settings of what a ``config.json`` describes.
-
-    Args:
-        theirs: its content with all defaults, as ``AutoConfig.from_pretrained(...).to_dict()`` gives it.
-        is_zero: whether a tensor of the directory holds nothing but zeros.
+def from_hf(directory: Directory) -> tuple[Family, DecoderConfig, MoEConfig]:
+    """The family and our settings of the model in a directory.
 
     Raises:
         ConfigError: with everything that has no counterpart here.
     """
+    theirs = directory.settings
     family = BY_TYPE.get(str(theirs.get("model_type")))
     if family is None:
         what = f"{theirs.get('model_type')!r} is not known here"
@@ -153,7 +151,7 @@ def from_hf(theirs: Mapping[str, Any], is_zero: Callable[[str], bool]) -> tuple[
         qk_norm=family.qk_norm,
         rope_theta=_rope(theirs)["rope_theta"],
         norm_eps=theirs["rms_norm_eps"],
-        tie_embeddings=bool(theirs.get("tie_word_embeddings")),
+        tie_embeddings=bool(theirs.get("tie_word_embeddings")) or directory.equal(*_BOTH_ENDS),
     )
     sparse_layers = _sparse_layers(family, theirs)
     if not sparse_layers:
@@ -166,7 +164,7 @@ def from_hf(theirs: Mapping[str, Any], is_zero: Callable[[str], bool]) -> tuple[
             intermediate_size=theirs[family.hidden],
             renormalize=family.always_normed or bool(theirs.get("norm_topk_prob")),
             every=_every(sparse_layers, model.num_layers),
-            shared_intermediate_size=_shared_width(theirs, sparse_layers, is_zero) if family.shared else 0,
+            shared_intermediate_size=_shared_width(directory, sparse_layers) if family.shared else 0,
         )
     raise_if(model.problems("model") + moe.problems("moe") + _moe_misfits(family, theirs, model, moe))
     return family, model, moe
@@ -230,17 +228,17 @@ def _every(sparse_layers: list[int], num_layers: int) -> int:
     return every
 
 
-def _shared_width(theirs: Mapping[str, Any], sparse_layers: list[int], is_zero: Callable[[str], bool]) -> int:
+def _shared_width(directory: Directory, sparse_layers: list[int]) -> int:
     """Hidden width of the shared expert, 0 for one that does nothing.
 
     Raises:
         ConfigError: if its gate depends on the token, which ours has none of.
     """
     blocks = [f"model.layers.{layer}.mlp." for layer in sparse_layers]
-    if all(is_zero(block + "shared_expert.down_proj.weight") for block in blocks):
+    if all(directory.is_zero(block + "shared_expert.down_proj.weight") for block in blocks):
         return 0
-    if all(is_zero(block + "shared_expert_gate.weight") for block in blocks):
-        return int(theirs["shared_expert_intermediate_size"])
+    if all(directory.is_zero(block + "shared_expert_gate.weight") for block in blocks):
+        return int(directory.settings["shared_expert_intermediate_size"])
     what = "is not zero: the shared expert is weighted for each token"
     raise ConfigError(Problem("mlp.shared_expert_gate", what, "here a shared expert is added as it is"))
 
@@ -257,8 +255,3 @@ def _moe_misfits(family: Family, theirs: Mapping[str, Any], model: DecoderConfig
         allowed = f"here dense layers are as wide as the experts that a token uses: {dense_hidden(moe)}"
         found.append(Problem("intermediate_size", what, allowed))
     return found
-
-
-def dropless(moe: MoEConfig) -> MoEConfig:
-    """The same without a capacity, as any of the families computes it."""
-    return replace(moe, dispatch="dropless")

@@ -95,6 +95,7 @@ def test_what_was_exported_comes_back(gate: str, shared: int, tmp_path: Path) ->
     run = model_folder(tmp_path / "run", {"attention_gate": gate}, {"shared_intermediate_size": shared})
     main(["export", str(run), "--output_dir", str(tmp_path / "exported")])
     back = ours(imported(tmp_path / "exported", tmp_path / "back"))
+    assert back.config.tie_embeddings, "a head that equals the embedding is tied"
     assert back.moe_config.shared_intermediate_size == shared
     ids_BS = torch.arange(18).view(2, 9)
     torch.testing.assert_close(back(ids_BS), ours(run)(ids_BS), rtol=1e-5, atol=1e-5)

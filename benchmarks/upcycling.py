@@ -1,0 +1,125 @@
+"""Whether experts made of a dense model are worth it: trained on the same tokens as the dense model, measured, drawn.
+
+    python benchmarks/upcycling.py --output_dir runs/upcycling
+
+A dense model is trained; then it, two upcycled ones and one with experts that are drawn anew each go on for as many
+tokens, the same in the same order. Ended and started again, it goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from moe_scale.cli import main as moe_scale
+from moe_scale.telemetry.quiet import quiet
+from moe_scale.tools.sweep_report import read_records
+from moe_scale.train.loop import train
+from moe_scale.train.recipe import prepare_job
+from recipes.lm_16l import RECIPE
+
+MODEL = {
+    "model.num_layers": 4,
+    "model.d_model": 128,
+    "model.num_heads": 4,
+    "model.num_kv_heads": 2,
+    "model.vocab_size": 384,
+    "data.tokenizer": "bytes",
+    "data.seq_len": 128,
+    "eval.every": 50,
+    "eval.max_tokens": 16_384,
+    "eval.sample_tokens": 0,
+    "eval.sink_sequences": 0,
+    "optim.warmup_steps": 20,
+    "telemetry.every": 5,
+    "telemetry.tensorboard": "false",
+    "telemetry.wandb": "off",
+}
+DENSE = {"moe.enabled": "false", "moe.top_k": 2, "moe.intermediate_size": 128}
+UPCYCLED = {
+    "8 copies, 2 a token": "--num_experts 8",
+    "4 copies in halves, 2 halves a token": "--num_experts 8 --granularity 2",
+}
+"""What is made of the dense model, and how."""
+DRAWN = "8 experts drawn, 2 a token"
+CONTINUED = "dense"
+
+
+def flags(settings: dict[str, Any]) -> list[str]:
+    return [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+
+
+def run(folder: Path, settings: dict[str, Any], *config: str) -> None:
+    """Train, or go on, or find that nothing is left to do."""
+    train(prepare_job(RECIPE, [*config, *flags(settings), "--output_dir", str(folder), "--resume", "auto"]))
+
+
+def figures(folder: Path) -> dict[str, Any]:
+    """The first training loss, and the held-out losses by step."""
+    records = read_records(folder)
+    losses = [record["lm_loss"] for record in records if "lm_loss" in record]
+    heldout = {record["step"]: record["eval/loss"] for record in records if "eval/loss" in record}
+    flops = [record["flops"] for record in records if "flops" in record]
+    return {"first_loss": losses[0], "heldout": heldout, "flops": flops[-1]}
+
+
+def measure(output_dir: Path, steps: tuple[int, int]) -> dict[str, Any]:
+    """Train everything. Returns the figures of each continuation, and of the dense model before it."""
+    dense = output_dir / "dense"
+    run(dense, MODEL | DENSE | {"max_steps": steps[0], "optim.lr": 2e-3})
+    on = MODEL | {"max_steps": steps[1], "optim.lr": 1e-3, "seed": 1}
+    experts = {"moe.num_experts": 8, "moe.top_k": 2, "moe.intermediate_size": 256}
+    found = {"before": figures(dense)}
+    for number, (name, made) in enumerate(UPCYCLED.items()):
+        model = output_dir / f"upcycled-{number}"
+        if not model.exists():
+            moe_scale(["upcycle", str(dense), "--output_dir", str(model), *made.split()])
+        run(output_dir / f"on-{number}", on, "--config", str(model / "settings.yaml"))
+        found[name] = figures(output_dir / f"on-{number}")
+    run(output_dir / "on-dense", on | DENSE | {"model.pretrained": dense})
+    found[CONTINUED] = figures(output_dir / "on-dense")
+    run(output_dir / "on-drawn", on | experts)
+    found[DRAWN] = figures(output_dir / "on-drawn")
+    return found
+
+
+def draw(found: dict[str, Any], path: Path) -> None:
+    """Held-out losses over the steps of the continuations."""
+    import matplotlib.pyplot as plt
+
+    _, axes = plt.subplots(figsize=(7, 4))
+    axes.axhline(list(found["before"]["heldout"].values())[-1], color="grey", linewidth=0.8, label="dense, before")
+    for name, values in found.items():
+        if name != "before":
+            axes.plot([int(step) for step in values["heldout"]], list(values["heldout"].values()), label=name)
+    axes.set_xlabel("steps on the same tokens")
+    axes.set_ylabel("held-out loss, nats a byte")
+    axes.set_ylim(top=2.6)
+    axes.legend()
+    axes.figure.savefig(path, dpi=120, bbox_inches="tight")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--output_dir", default="runs/upcycling", help="folder of the runs and figures [%(default)s]")
+    parser.add_argument(
+        "--steps", type=int, nargs=2, default=(400, 300), help="of the dense model, and of what goes on [%(default)s]"
+    )
+    arguments = parser.parse_args()
+    quiet()
+    folder = Path(arguments.output_dir)
+    found = measure(folder, tuple(arguments.steps))
+    (folder / "upcycling.json").write_text(json.dumps(found, indent=1) + "\n")
+    draw(found, folder / "upcycling.png")
+    for name, values in found.items():
+        last = list(values["heldout"].values())[-1]
+        print(f"{name:40} first loss {values['first_loss']:.4f}  held-out {last:.4f}  {values['flops']:.3g} FLOPs")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
