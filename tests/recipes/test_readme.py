@@ -19,6 +19,7 @@ from moe_scale.parallel import launch as launches
 from moe_scale.train.recipe import Recipe, prepare_job
 from recipes import classifier, lm_16l, multimodal, switch, translation
 from tests.curves import TINY_SWITCH, write_words
+from tests.hf import model_folder
 from tests.ranks import REPO, free_port, run_ranks
 from tests.unit.checkpoint.builders import small_config, write_checkpoint
 
@@ -165,6 +166,16 @@ def on_a_run(command: str, run: Path, tmp_path: Path) -> str:
     return re.sub(r"((?:messages|prompts|texts)\.\S*)", rf"{tmp_path}/\1", command)
 
 
+def on_models(command: str, tmp_path: Path) -> str:
+    """The command of a tool that makes one model of another, on small ones."""
+    run = model_folder(tmp_path / "run", {}, {})
+    if "import" in command:
+        cli.main(["export", str(run), "--output_dir", str(tmp_path / "exported" / "lm_16l")])
+    dense = model_folder(tmp_path / "dense", {}, {"enabled": False}) if "upcycle" in command else run
+    command = command.replace("runs/lm_16l", str(run)).replace("models/dense", str(dense))
+    return re.sub(r"(?<= )(exported|models)/", rf"{tmp_path}/\1/", command)
+
+
 HELD_ELSEWHERE = {
     "deepspeed --num_accelerators 2 recipes/lm_16l.py --moe.ep_size 2": "test_launchers.py",
     "torchrun --nproc_per_node 2 recipes/lm_16l.py --moe.ep_size 2": "test_launchers.py",
@@ -181,7 +192,8 @@ HELD_ELSEWHERE = {
 """Commands whose like another test starts, and where; here they are long."""
 
 IN_THIS_PROCESS = tuple(
-    f"moe-scale {tool} " for tool in ("translate", "generate", "experts", "reshard", "sweep", "plan")
+    f"moe-scale {tool} "
+    for tool in ("translate", "generate", "experts", "reshard", "sweep", "plan", "export", "import", "upcycle")
 )
 """Tools that start no ranks: a process of their own would take longer to begin than they do to run."""
 
@@ -241,6 +253,8 @@ def test_command_for_a_cpu_runs(
         command, flags = on_a_run(command, request.getfixturevalue("translation_run"), tmp_path), ""
     elif command.startswith("moe-scale generate"):
         command, flags = on_a_run(command, request.getfixturevalue("language_model_run"), tmp_path), ""
+    elif command.startswith(("moe-scale export", "moe-scale import", "moe-scale upcycle")):
+        command, flags = on_models(command, tmp_path), ""
     elif command.startswith("moe-scale reshard"):
         write_checkpoint(tmp_path / "run", small_config(tmp_path))
         command, flags = command.replace("runs/lm_16l lm_16l-weights", f"{tmp_path}/run {tmp_path}/weights"), ""
@@ -272,6 +286,10 @@ def test_command_for_a_cpu_runs(
         assert (tmp_path / "run" / "calibration.json").is_file()
     elif "bench-checkpoint" in command:
         assert (tmp_path / "run" / "bench_checkpoint.json").is_file()
+    elif command.startswith("moe-scale export"):
+        assert (tmp_path / "exported" / "lm_16l" / "model.safetensors").is_file()
+    elif command.startswith(("moe-scale import", "moe-scale upcycle")):
+        assert list(tmp_path.glob("models/*/run.json"))
     elif "reshard" in command:
         assert (tmp_path / "weights" / "index.json").is_file()
     elif "recipes/" in command and "--print_config" not in command:

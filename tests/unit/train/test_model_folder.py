@@ -14,16 +14,18 @@ import yaml
 from moe_scale.checkpoint import folder as folders
 from moe_scale.checkpoint.reader import load_model, persistent_buffers
 from moe_scale.cli import main
-from moe_scale.config import LMConfig
+from moe_scale.config import LMConfig, SwitchConfig, SwitchModelConfig, SwitchMoEConfig, TextDataConfig
 from moe_scale.data.tokenizer import load_tokenizer
 from moe_scale.errors import ConfigError
 from moe_scale.models.decoder import DecoderLM
+from moe_scale.models.switch import SwitchLM
 from moe_scale.parallel.groups import ParallelGroups
 from moe_scale.settings import to_dict
 from moe_scale.train import model_folder
 from moe_scale.train.language_model import LanguageModelTask
 from moe_scale.train.model_folder import new_folder, write_model_folder
 from moe_scale.train.recipe import prepare_job
+from recipes import switch
 from recipes.lm_16l import RECIPE
 from tests.unit.checkpoint.builders import small_config, small_model
 
@@ -140,6 +142,22 @@ def test_its_own_tokenizer_goes_with_it(config: LMConfig, tmp_path: Path) -> Non
     [problem] = refused.value.problems
     assert problem.where == "data.tokenizer"
     assert str(moved / "tokenizer") in problem.allowed
+
+
+def test_switch_begins_with_one(tmp_path: Path) -> None:
+    config = SwitchConfig(
+        model=SwitchModelConfig(num_layers=2, d_model=16, num_heads=2, vocab_size=260),
+        moe=SwitchMoEConfig(num_experts=3, intermediate_size=8),
+        data=TextDataConfig(tokenizer="bytes"),
+    )
+    made = SwitchLM(config.model, config.moe, seed=1)
+    weights = dict(made.named_parameters())
+    folder = write_model_folder(tmp_path / "made", "switch", config, weights.__getitem__, origin={})
+    flags = ["--config", str(folder / "settings.yaml"), "--output_dir", str(tmp_path / "run")]
+    begun = prepare_job(switch.RECIPE, flags).task.build_model(ParallelGroups())
+    torch.testing.assert_close(dict(begun.named_parameters()), weights, rtol=0, atol=0)
+    with pytest.raises(ConfigError, match="holds a model of kind switch"):
+        prepare_job(RECIPE, ["--model.pretrained", str(folder), "--output_dir", str(tmp_path / "run")])
 
 
 def test_a_folder_that_exists_is_refused(config: LMConfig, tmp_path: Path) -> None:
