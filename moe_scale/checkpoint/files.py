@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import xxhash
 from torch import Tensor
@@ -144,14 +145,15 @@ class TensorFile:
         """Elements ``first`` to ``first + count`` of a flattened tensor."""
         entry = self._entry(name)
         count = math.prod(entry.shape) - first if count is None else count
-        values = torch.empty(count, dtype=entry.dtype)
-        start = entry.first_byte + first * values.element_size()
-        if first < 0 or start + count * values.element_size() > entry.last_byte:
+        start, size = entry.first_byte + first * entry.dtype.itemsize, max(count, 0) * entry.dtype.itemsize
+        if first < 0 or start + size > entry.last_byte:
             raise DamagedCheckpointError(self.path, f"{name} has no elements {first} to {first + count}")
+        # Bytes of numpy: where ZeRO-3 builds a model, torch.empty makes a tensor of the training precision.
+        content = np.empty(size, dtype=np.uint8)
         try:
             with open(self.path, "rb", buffering=0) as file:
                 file.seek(start)
-                target = memoryview(_bytes_of(values))
+                target = memoryview(content)
                 while target:
                     got = file.readinto(target)
                     if not got:
@@ -159,7 +161,7 @@ class TensorFile:
                     target = target[got:]
         except OSError as error:
             raise cannot_read(self.path, error) from None
-        return values
+        return torch.from_numpy(content).view(entry.dtype)
 
     def check(self, name: str, checksum: str) -> None:
         """Raise unless the tensor's bytes have the checksum."""

@@ -41,15 +41,17 @@ def test_a_run_goes_out_comes_back_and_goes_on(tiny_flags: list[str], tmp_path: 
     main(["import", str(exported), "--output_dir", str(model)])
     ids_BS = torch.arange(30).view(2, 15) * 1000
     torch.testing.assert_close(ours(model)(ids_BS), our(ids_BS), rtol=TOLERANCE, atol=TOLERANCE)
-    on = {name: str(tmp_path / f"on-{name}") for name in ("run", "model")}
+    on = {name: str(tmp_path / f"on-{name}") for name in ("run", "model", "bf16")}
     from_model = ["--model.pretrained", str(model), "--data.tokenizer", str(model / "tokenizer")]
     assert prepare_job(RECIPE, [*tiny_flags, *from_model, "--output_dir", on["model"]]).remarks == ()
     train(
         tmp_path,
         [*tiny_flags, "--model.pretrained", str(run), "--output_dir", on["run"]],
         [*tiny_flags, *from_model, "--output_dir", on["model"]],
+        [*tiny_flags, *from_model, "--output_dir", on["bf16"], "--deepspeed_override", "bf16.enabled=true"],
     )
-    kept, back = ([r["loss"] for r in records(Path(on[name])) if "loss" in r] for name in ("run", "model"))
+    kept, back, rounded = ([r["loss"] for r in records(Path(on[name])) if "loss" in r] for name in on)
     assert back == pytest.approx(kept, abs=1e-5)
+    assert rounded == pytest.approx(kept, abs=0.05)
     drawn = [r["loss"] for r in records(run) if "loss" in r]
     assert kept[0] < drawn[0] - 0.05, "the first loss is that of trained weights"

@@ -197,3 +197,16 @@ def test_an_index_that_leaves_something_out_is_refused(damaged: Path) -> None:
     write_json(damaged / INDEX, lost)
     with pytest.raises(DamagedCheckpointError, match="does not fit the model"):
         moe_scale.load_model(damaged)
+
+
+def test_values_are_read_as_stored_while_a_sharded_model_is_built(
+    saved: Path, config: LMConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``zero.Init`` makes ``torch.empty`` give tensors of the training precision, whatever is asked for."""
+    plain = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, **options: plain(*size, **options).to(torch.bfloat16))
+    reader = Reader(saved, read_index(saved))
+    verify(saved, reader.index)
+    found = reader.weight("embedding.weight")
+    monkeypatch.undo()
+    assert torch.equal(found, small_model(config).embedding.weight)
