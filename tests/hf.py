@@ -23,12 +23,15 @@ MOE = {"num_experts": 5, "top_k": 2, "intermediate_size": 12}
 
 
 def randomized(model: torch.nn.Module, seed: int = 1) -> torch.nn.Module:
-    """The model with norms that are not all ones, which would hide one that is left out or misplaced."""
+    """The model with norms that are not all ones and biases that are not zero, which would hide what is misplaced."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "norm" in name:
                 weight.add_(0.3 * torch.randn(weight.shape, generator=generator))
+        for name, bias in model.named_buffers():
+            if name.endswith(("selection_bias_E", "e_score_correction_bias")):
+                bias.copy_(0.1 * torch.randn(bias.shape, generator=generator))
     return model
 
 

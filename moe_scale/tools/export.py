@@ -18,7 +18,7 @@ from moe_scale.checkpoint.reader import Reader
 from moe_scale.data.tokenizer import copy_tokenizer, load_tokenizer, write_tokenizer
 from moe_scale.errors import ConfigError, Problem
 from moe_scale.models.hf.directory import CONFIG, write_tensors
-from moe_scale.models.hf.families import GLOBAL_NAMES, Family
+from moe_scale.models.hf.families import GLOBAL_NAMES, SELECTION_BIAS, Family
 from moe_scale.models.hf.settings import home_of, to_hf
 from moe_scale.models.hf.tensors import rules
 from moe_scale.models.plain import plain_settings
@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> Path:
         if family is not None:
             settings, tensors = _hf_settings(stored, family, arguments.dtype), _renamed(stored, family)
         _write_settings(partial, settings)
-        size = write_tensors(partial, ((name, tensor.to(dtype)) for name, tensor in tensors))
+        size = write_tensors(partial, ((name, _rounded(name, tensor, dtype)) for name, tensor in tensors))
         _write_tokenizer(partial, stored)
         partial.rename(target)
     except OSError as error:
@@ -95,6 +95,11 @@ def _renamed(stored: StoredRun[Any], family: Family) -> Iterator[tuple[str, Tens
         yield from zip(rule.theirs, tensors, strict=True)
     if stored.config.model.tie_embeddings and not family.ties:
         yield GLOBAL_NAMES["head.weight"], reader.weight("embedding.weight")
+
+
+def _rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """In the chosen precision, but for selection biases."""
+    return tensor.float() if name.endswith((SELECTION_BIAS, "selection_bias_E")) else tensor.to(dtype)
 
 
 def _as_they_are(stored: StoredRun[Any]) -> Iterator[tuple[str, Tensor]]:

@@ -21,7 +21,9 @@ class Family:
         gated: whether attention has an elementwise output gate, which ``q_proj`` computes beside each head's query.
         sparse: whether layers have experts.
         mixes: whether some of the layers may be dense all the same.
-        shared: whether sparse layers have a shared expert, times the sigmoid of a score of the token.
+        router: how experts are chosen: by a softmax of their scores, or by sigmoids with a bias for the choice alone.
+        shared: whether sparse layers have a shared expert: none; one that is added as it is (plain), in units of an
+            expert's width; or one times the sigmoid of a score of the token (scored).
         always_normed: whether the weights of a token's experts always sum to 1; otherwise ``norm_topk_prob`` says so.
         norm_shift: what is added to the stored weight of a norm.
         block: the sparse feed-forward in a layer.
@@ -38,7 +40,8 @@ class Family:
     gated: bool = False
     sparse: bool = False
     mixes: bool = False
-    shared: bool = False
+    router: Literal["softmax", "sigmoid"] = "softmax"
+    shared: Literal["none", "plain", "scored"] = "none"
     always_normed: bool = False
     norm_shift: float = 0.0
     block: str = "mlp"
@@ -58,14 +61,22 @@ FAMILIES = (
     Family("olmoe", "OlmoeForCausalLM", "whole", sparse=True, ties=False),
     Family("qwen3_moe", "Qwen3MoeForCausalLM", "head", sparse=True, mixes=True, hidden="moe_intermediate_size"),
     Family(
-        "qwen3_next", "Qwen3NextForCausalLM", "head", gated=True, sparse=True, mixes=True, shared=True, norm_shift=1.0,
-        hidden="moe_intermediate_size", ties=False,
+        "qwen3_next", "Qwen3NextForCausalLM", "head", gated=True, sparse=True, mixes=True, shared="scored",
+        norm_shift=1.0, hidden="moe_intermediate_size", ties=False,
+    ),
+    Family(
+        "glm4_moe", "Glm4MoeForCausalLM", "head", sparse=True, router="sigmoid", shared="plain",
+        hidden="moe_intermediate_size", counted="n_routed_experts", ties=False,
     ),
 )  # fmt: skip
 BY_TYPE = {family.model_type: family for family in FAMILIES}
 
 SILENT_SHARED_WIDTH = 16
-"""Hidden width of a shared expert that is all zeros, where a family must have one: up to 16 ranks can share it."""
+"""Hidden width of a scored shared expert that is all zeros, as there must be one: up to 16 ranks can share it."""
+
+SHARED_NAMES = {"scored": "shared_expert", "plain": "shared_experts"}
+SELECTION_BIAS = "gate.e_score_correction_bias"
+"""Of a sigmoid router. It stays in fp32: its steps are too small for bf16."""
 
 GLOBAL_NAMES = {
     "embedding.weight": "model.embed_tokens.weight",

@@ -2,63 +2,85 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from moe_scale.config import DecoderConfig, MoEConfig
 from moe_scale.errors import ConfigError, Problem, raise_if
 from moe_scale.models.hf.directory import Directory
-from moe_scale.models.hf.families import BY_TYPE, FAMILIES, GLOBAL_NAMES, SILENT_SHARED_WIDTH, Family
+from moe_scale.models.hf.families import (
+    BY_TYPE,
+    FAMILIES,
+    GLOBAL_NAMES,
+    SHARED_NAMES,
+    SILENT_SHARED_WIDTH,
+    Family,
+)
 from moe_scale.models.layers import dense_hidden, is_sparse
 
 _BOTH_ENDS = GLOBAL_NAMES["embedding.weight"], GLOBAL_NAMES["head.weight"]
 """Two tensors that are one where the head is tied."""
+
+_ONLY_GROUP: dict[str, Any] = {
+    "n_group": 1,
+    "topk_group": 1,
+    "routed_scaling_factor": 1.0,
+    "first_k_dense_replace": 0,
+    "use_qk_norm": True,
+}
+"""Settings of GLM-4-MoE that have one value here."""
 
 
 def home_of(model: DecoderConfig, moe: MoEConfig) -> Family:
     """The family that computes what such a decoder computes, tokens being dropped by none.
 
     Raises:
-        ConfigError: with every setting that no family has.
+        ConfigError: with every setting that no family has, or all those that none has together.
     """
-    sparse = moe.enabled
-    found = _homeless(model, moe) if sparse else []
-    gated = model.attention_gate != "none"
-    if gated and model.qk_norm != "head":
-        what = f"{model.qk_norm} with model.attention_gate = {model.attention_gate}"
-        found.append(Problem("model.qk_norm", what, "where attention is gated they have model.qk_norm head alone"))
-    if model.qk_norm == "whole" and not sparse:
-        found.append(Problem("model.qk_norm", "whole in a dense model", "they have it with experts alone"))
-    if model.qk_norm == "whole" and model.num_heads * model.head_width != model.d_model:
-        what = f"heads of {model.head_width} with model.qk_norm whole"
-        found.append(Problem("model.head_dim", what, "they have it with heads of d_model / num_heads alone"))
-    raise_if(found)
-    wants_shared = sparse and moe.shared_intermediate_size > 0
-    needs_mix = sparse and not all(is_sparse(moe, layer) for layer in range(model.num_layers))
+    raise_if(_homeless(model, moe))
+    wanted = _wanted(model, moe)
     for family in FAMILIES:  # the plainest first
-        if family.qk_norm != model.qk_norm or (gated and not family.gated):
-            continue
-        if family.sparse != sparse and not (family.mixes and gated):
-            continue
-        if (wants_shared and not family.shared) or (needs_mix and not family.mixes):
-            continue
-        if family.always_normed and not _is_normed(moe):
-            continue
-        return family
-    parts = [
-        *(["a shared expert (moe.shared_intermediate_size)"] if wants_shared else []),
-        *(["dense layers beside sparse ones (moe.every)"] if needs_mix else []),
-        *(["weights that do not sum to 1 (moe.renormalize, moe.top_k 1)"] if sparse and not _is_normed(moe) else []),
-    ]
-    what = f"{model.qk_norm} with {' and '.join(parts)}"
-    raise ConfigError(Problem("model.qk_norm", what, "they have that with model.qk_norm head alone"))
+        if all(has(family) for has in wanted.values()):
+            return family
+    what = "none of their models has all of: " + ", ".join(wanted)
+    raise ConfigError(Problem("model", what, "change one of them"))
+
+
+def _wanted(model: DecoderConfig, moe: MoEConfig) -> dict[str, Callable[[Family], bool]]:
+    """What a family must have, in words."""
+    gated = model.attention_gate != "none"
+    found: dict[str, Callable[[Family], bool]] = {
+        f"model.qk_norm {model.qk_norm}": lambda family: family.qk_norm == model.qk_norm
+    }
+    if gated:
+        found[f"model.attention_gate {model.attention_gate}"] = lambda family: family.gated
+    if not moe.enabled:
+        return found | {"moe.enabled false": lambda family: not family.sparse or (family.mixes and gated)}
+    router = "sigmoid" if moe.router == "sigmoid" else "softmax"
+    found[f"moe.router {moe.router}"] = lambda family: family.sparse and family.router == router
+    if moe.shared_intermediate_size:
+        units = moe.shared_intermediate_size % moe.intermediate_size == 0
+        found["moe.shared_intermediate_size" + ("" if units else " that is no multiple of moe.intermediate_size")] = (
+            lambda family: family.shared == "scored" or (family.shared == "plain" and units)
+        )
+    if not all(is_sparse(moe, layer) for layer in range(model.num_layers)):
+        found[f"moe.every {moe.every}"] = lambda family: family.mixes
+    if not _is_normed(moe):
+        what = "moe.top_k 1" if moe.top_k == 1 else "moe.renormalize false"
+        found[what] = lambda family: not family.always_normed
+    return found
 
 
 def _homeless(model: DecoderConfig, moe: MoEConfig) -> list[Problem]:
-    """Settings of sparse layers that no family has."""
+    """Settings that no family has."""
     found = []
-    if moe.router not in ("softmax", "noisy"):
-        found.append(Problem("moe.router", moe.router, "they choose experts by a softmax"))
+    if model.qk_norm == "whole" and model.num_heads * model.head_width != model.d_model:
+        what = f"heads of {model.head_width} with model.qk_norm whole"
+        found.append(Problem("model.head_dim", what, "they have it with heads of d_model / num_heads alone"))
+    if not moe.enabled:
+        return found
+    if moe.router not in ("softmax", "noisy", "sigmoid"):
+        found.append(Problem("moe.router", moe.router, "they choose experts by a softmax, or by sigmoids"))
     if moe.activation != "swiglu":
         found.append(Problem("moe.activation", moe.activation, "their experts are SwiGLU"))
     if moe.expert_bias:
@@ -105,8 +127,9 @@ def to_hf(
         "eos_token_id": eot_id,
         "torch_dtype": dtype,
     }
-    if family.gated:  # the factor is 0.25 where it is not given
+    if family.model_type in ("qwen3_next", "glm4_moe"):  # where it is not given, a part of each head is turned
         found |= {"partial_rotary_factor": 1.0, "rope_parameters": rope | {"partial_rotary_factor": 1.0}}
+    if family.gated:
         found["layer_types"] = ["full_attention"] * model.num_layers
     if not family.sparse:
         return found
@@ -122,8 +145,10 @@ def to_hf(
     if family.mixes:
         dense = [] if moe.enabled else list(range(model.num_layers))
         found |= {"decoder_sparse_step": moe.every if moe.enabled else 1, "mlp_only_layers": dense}
-    if family.shared:
+    if family.shared == "scored":
         found["shared_expert_intermediate_size"] = moe.shared_intermediate_size or SILENT_SHARED_WIDTH
+    if family.router == "sigmoid":
+        found |= _ONLY_GROUP | {"n_shared_experts": moe.shared_intermediate_size // moe.intermediate_size or 1}
     return found
 
 
@@ -164,7 +189,8 @@ def from_hf(directory: Directory) -> tuple[Family, DecoderConfig, MoEConfig]:
             intermediate_size=theirs[family.hidden],
             renormalize=family.always_normed or bool(theirs.get("norm_topk_prob")),
             every=_every(sparse_layers, model.num_layers),
-            shared_intermediate_size=_shared_width(directory, sparse_layers) if family.shared else 0,
+            router=family.router,
+            shared_intermediate_size=_shared_width(family, directory, sparse_layers),
         )
     raise_if(model.problems("model") + moe.problems("moe") + _moe_misfits(family, theirs, model, moe))
     return family, model, moe
@@ -179,6 +205,7 @@ def _without_counterpart(family: Family, theirs: Mapping[str, Any]) -> list[Prob
         "clip_qkv": (None,),
         "sliding_window": (None,),
         "quantization_config": (None,),
+        **({name: (value,) for name, value in _ONLY_GROUP.items()} if family.router == "sigmoid" else {}),
     }
     found = [
         Problem(name, f"{theirs[name]}", f"here it is {plain[name][0]} alone")
@@ -228,17 +255,21 @@ def _every(sparse_layers: list[int], num_layers: int) -> int:
     return every
 
 
-def _shared_width(directory: Directory, sparse_layers: list[int]) -> int:
-    """Hidden width of the shared expert, 0 for one that does nothing.
+def _shared_width(family: Family, directory: Directory, sparse_layers: list[int]) -> int:
+    """Hidden width of the shared expert, 0 for none or one that does nothing.
 
     Raises:
         ConfigError: if its gate depends on the token, which ours has none of.
     """
-    blocks = [f"model.layers.{layer}.mlp." for layer in sparse_layers]
-    if all(directory.is_zero(block + "shared_expert.down_proj.weight") for block in blocks):
+    if family.shared == "none":
         return 0
+    theirs, blocks = directory.settings, [f"model.layers.{layer}.{family.block}." for layer in sparse_layers]
+    if all(directory.is_zero(f"{block}{SHARED_NAMES[family.shared]}.down_proj.weight") for block in blocks):
+        return 0
+    if family.shared == "plain":
+        return int(theirs["n_shared_experts"] * theirs[family.hidden])
     if all(directory.is_zero(block + "shared_expert_gate.weight") for block in blocks):
-        return int(directory.settings["shared_expert_intermediate_size"])
+        return int(theirs["shared_expert_intermediate_size"])
     what = "is not zero: the shared expert is weighted for each token"
     raise ConfigError(Problem("mlp.shared_expert_gate", what, "here a shared expert is added as it is"))
 

@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from moe_scale.config import DecoderConfig, MoEConfig
-from moe_scale.models.hf.families import GLOBAL_NAMES, LAYER_NAMES, SILENT_SHARED_WIDTH, Family
+from moe_scale.models.hf.families import (
+    GLOBAL_NAMES,
+    LAYER_NAMES,
+    SELECTION_BIAS,
+    SHARED_NAMES,
+    SILENT_SHARED_WIDTH,
+    Family,
+)
 from moe_scale.models.layers import is_sparse
 
 Change = Callable[[Sequence[Tensor]], list[Tensor]]
@@ -76,17 +83,25 @@ def _sparse(family: Family, model: DecoderConfig, moe: MoEConfig, ours: str, the
     yield scaled(ours + "moe.router.weight", f"{block}gate.weight", 1 / moe.router_temperature)
     yield experts(ours + "moe.experts.gate_up", f"{block}experts.{{}}.{{}}.weight", (gate, up), moe.num_experts)
     yield experts(ours + "moe.experts.down", f"{block}experts.{{}}.{{}}.weight", (down,), moe.num_experts)
-    if not family.shared:
-        return
-    gate, up, down = (f"{block}shared_expert.{name}.weight" for name in family.expert)
-    yield zero(f"{block}shared_expert_gate.weight", (1, model.d_model))
+    if family.router == "sigmoid":
+        yield same(ours + "moe.selection_bias_E", block + SELECTION_BIAS)
+    if family.shared != "none":
+        yield from _shared(family, model, moe, ours, block)
+
+
+def _shared(family: Family, model: DecoderConfig, moe: MoEConfig, ours: str, block: str) -> Iterator[Rule]:
+    gate, up, down = (f"{block}{SHARED_NAMES[family.shared]}.{name}.weight" for name in family.expert)
+    scored = family.shared == "scored"
+    if scored:
+        yield zero(f"{block}shared_expert_gate.weight", (1, model.d_model))
     if moe.shared_intermediate_size:
         yield stacked(ours + "moe.dense.gate_up", (gate, up))
-        yield scaled(ours + "moe.dense.down", down, 2.0)  # the sigmoid of a score of zero halves it
+        yield scaled(ours + "moe.dense.down", down, 2.0 if scored else 1.0)  # the sigmoid of a score of zero is 1/2
         return
+    width = SILENT_SHARED_WIDTH if scored else moe.intermediate_size
     for name in (gate, up):
-        yield zero(name, (SILENT_SHARED_WIDTH, model.d_model))
-    yield zero(down, (model.d_model, SILENT_SHARED_WIDTH))
+        yield zero(name, (width, model.d_model))
+    yield zero(down, (model.d_model, width))
 
 
 def same(ours: str, theirs: str) -> Rule:

@@ -36,6 +36,9 @@ HOMES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "noisy": ("qwen3_moe", UNGATED, {"router": "noisy"}),
     "temperature": ("qwen3_moe", UNGATED, {"router_temperature": 2.5}),
     "capacity": ("qwen3_moe", UNGATED, {"dispatch": "capacity", "capacity_factor": 0.5, "min_capacity": 1}),
+    "sigmoid": ("glm4_moe", UNGATED, {"router": "sigmoid"}),
+    "sigmoid, raw gates": ("glm4_moe", UNGATED, {"router": "sigmoid", "renormalize": False, "router_temperature": 2.0}),
+    "sigmoid, shared expert": ("glm4_moe", UNGATED, {"router": "sigmoid", "shared_intermediate_size": 24}),
     "dense": ("qwen3", UNGATED, {"enabled": False}),
     "no q and k norm": ("mixtral", UNGATED | {"qk_norm": "none"}, {}),
     "no q and k norm, dense": ("llama", UNGATED | {"qk_norm": "none"}, {"enabled": False}),
@@ -88,15 +91,17 @@ def test_several_files_and_half_the_bytes(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("model", "moe", "where"),
     [
-        (UNGATED, {"router": "sigmoid"}, "moe.router: sigmoid"),
+        ({}, {"router": "sigmoid"}, "model.attention_gate elementwise, moe.router sigmoid; change one"),
+        (UNGATED, {"router": "sigmoid", "shared_intermediate_size": 7}, "that is no multiple of moe.intermediate_size"),
+        (UNGATED, {"router": "hash"}, "moe.router: hash"),
         (UNGATED, {"router": "hash", "activation": "gelu"}, "moe.activation: gelu"),
         (UNGATED, {"expert_bias": True}, "moe.expert_bias: true"),
         (UNGATED, {"residual": True}, "moe.residual: true"),
-        ({"qk_norm": "none"}, {}, "model.qk_norm: none with model.attention_gate = elementwise"),
-        (UNGATED | {"qk_norm": "none"}, {"top_k": 1}, "weights that do not sum to 1"),
-        (UNGATED | {"qk_norm": "whole"}, {"enabled": False}, "model.qk_norm: whole in a dense model"),
+        ({"qk_norm": "none"}, {}, "model.qk_norm none, model.attention_gate elementwise"),
+        (UNGATED | {"qk_norm": "none"}, {"top_k": 1}, "model.qk_norm none, moe.router softmax, moe.top_k 1"),
+        (UNGATED | {"qk_norm": "whole"}, {"enabled": False}, "model.qk_norm whole, moe.enabled false"),
         (UNGATED | {"qk_norm": "whole", "head_dim": 10}, {}, "model.head_dim: heads of 10"),
-        (UNGATED | {"qk_norm": "whole"}, {"shared_intermediate_size": 4}, "a shared expert"),
+        (UNGATED | {"qk_norm": "whole"}, {"shared_intermediate_size": 4}, "moe.shared_intermediate_size"),
     ],
 )
 def test_what_has_no_home_is_refused_and_goes_into_a_plain_directory(

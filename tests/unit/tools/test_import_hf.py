@@ -32,6 +32,11 @@ WHOLE = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 1.0},
     "partial_rotary_factor": 1.0, "layer_types": ["full_attention"] * 2, "head_dim": 6, "moe_intermediate_size": 12,
 }  # fmt: skip
+GLM = {
+    "n_routed_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "first_k_dense_replace": 0,
+    "use_qk_norm": True, "partial_rotary_factor": 1.0,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 1.0},
+}  # fmt: skip
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", ROPE),
     "llama, tied, mha": ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 4, "rms_norm_eps": 1e-3}),
@@ -46,6 +51,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe, one expert": (
         "qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 1, "moe_intermediate_size": 12, "head_dim": 6},
     ),
+    "glm4_moe": ("glm4_moe", GLM | {"head_dim": 6}),
+    "glm4_moe, wide heads, two shared experts": ("glm4_moe", GLM | {"head_dim": 10, "n_shared_experts": 2}),
     "qwen3_moe, every second layer": (
         "qwen3_moe",
         EXPERTS | WIDE | {"num_hidden_layers": 4, "decoder_sparse_step": 2, "head_dim": 6},
@@ -154,6 +161,8 @@ def test_several_files_in_bf16_stay_as_they_are(tmp_path: Path) -> None:
             EXPERTS | {"moe_intermediate_size": 12, "num_hidden_layers": 4, "decoder_sparse_step": 2},
             "intermediate_size: 20 in dense layers beside 2 experts of 12",
         ),
+        ("glm4_moe", GLM | {"n_routed_experts": 4, "n_group": 2}, "n_group: 2"),
+        ("glm4_moe", GLM | {"first_k_dense_replace": 1}, "first_k_dense_replace: 1"),
         ("gpt2", {}, "'gpt2' is not known here"),
         ("qwen3_next", EXPERTS | WHOLE | {"shared_expert_intermediate_size": 8}, "mlp.shared_expert_gate"),
         ("qwen3_next", EXPERTS | WHOLE | {"layer_types": ["linear_attention", "full_attention"]}, "linear_attention"),

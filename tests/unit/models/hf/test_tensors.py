@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from moe_scale.checkpoint.reader import persistent_buffers
 from moe_scale.config import DecoderConfig, MoEConfig
 from moe_scale.models.decoder import DecoderLM
 from moe_scale.models.hf.families import BY_TYPE
@@ -21,6 +22,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "mixtral": ({"attention_gate": "none", "qk_norm": "none"}, {}),
     "olmoe": ({"attention_gate": "none", "qk_norm": "whole"}, {}),
     "qwen3_moe": ({"attention_gate": "none", "head_dim": 10}, {"every": 2, "router_temperature": 4.0}),
+    "glm4_moe": ({"attention_gate": "none"}, {"router": "sigmoid"}),
     "qwen3_next": ({}, {"shared_intermediate_size": 5}),
 }
 
@@ -31,7 +33,8 @@ def test_there_and_back(model_type: str) -> None:
     config, moe_config = DecoderConfig(**(MODEL | model)), MoEConfig(**(MOE | moe))
     family = home_of(config, moe_config)
     assert family.model_type == model_type
-    weights = dict(DecoderLM(config, moe_config).named_parameters())
+    made = DecoderLM(config, moe_config)
+    weights = dict(made.named_parameters()) | persistent_buffers(made)
     found = list(rules(family, config, moe_config))
     ours, theirs = ([name for rule in found for name in getattr(rule, side)] for side in ("ours", "theirs"))
     assert sorted(ours) == sorted(weights), "each tensor in one rule"
