@@ -11,7 +11,7 @@ import re
 import socket
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,8 @@ def snapshot(
     argv: list[str],
     device: str | None = None,
     hosts: dict | None = None,
+    recipe: str = "",
+    sparse_layers: Sequence[int] = (),
 ) -> dict:
     """Write ``run.json`` into ``run_dir``, atomically, and return what it holds. Call on the first rank only.
 
@@ -50,6 +52,8 @@ def snapshot(
         argv: the command line.
         device: name of the device; torch is asked where it is not given.
         hosts: where the ranks run, and how fast their links are.
+        recipe: its name.
+        sparse_layers: numbers of the layers that the per-layer lists of ``metrics.jsonl`` are about.
 
     Raises:
         OSError: the folder cannot be written.
@@ -59,7 +63,9 @@ def snapshot(
     source, diff = source_state(Path(__file__).resolve().parents[1])
     record = {
         "started": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        **({"recipe": recipe} if recipe else {}),
         "command": hide_arguments(argv),
+        **({"sparse_layers": list(sparse_layers)} if sparse_layers else {}),
         "settings": hide(settings),
         "deepspeed": hide(deepspeed),
         "packages": package_versions(),

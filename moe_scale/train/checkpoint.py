@@ -111,6 +111,7 @@ class Saver:
         self._group = dist.new_group(backend="gloo")
         self._thread: threading.Thread | None = None
         self._news: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._written: queue.SimpleQueue[tuple[int, float]] = queue.SimpleQueue()
 
     def __enter__(self) -> Saver:
         return self
@@ -161,6 +162,10 @@ class Saver:
         """What there is to tell since the last call, on every rank the same; one line each."""
         return [self._news.get() for _ in range(self._news.qsize())]
 
+    def written(self) -> list[tuple[int, float]]:
+        """The checkpoints that were finished since the last call: their steps, and the seconds that each took."""
+        return [self._written.get() for _ in range(self._written.qsize())]
+
     def _write(
         self,
         folder: Path,
@@ -196,6 +201,8 @@ class Saver:
         self.write_s = time.perf_counter() - start
         if self.failure:
             self._news.put(f"warning: {folder.name} was not saved, the run goes on: {self.failure}")
+        else:
+            self._written.put((said["step"], self.write_s))
 
     def _publish(self, folder: Path, parts: list[Part], said: dict, expected: set[str]) -> None:
         """Rank 0 alone: write the index and give the folder its name, which makes it a checkpoint."""

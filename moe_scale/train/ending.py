@@ -31,6 +31,7 @@ def end(run: Run) -> None:
             early = run.patience is not None and run.patience.is_over
             try:
                 write_mark(job.run_dir, Mark(state.step, early, state.scores))
+                run.events.add("finished")
             except OSError as error:
                 failure = f"{NOT_WRITTEN}: {MARK} in {job.run_dir}: {error.strerror}"
         run.progress.close()

@@ -24,6 +24,7 @@ from moe_scale.parallel.collectives import sum_over_ranks
 from moe_scale.parallel.groups import ParallelGroups
 from moe_scale.parallel.watchdog import Watchdog
 from moe_scale.settings import to_dict
+from moe_scale.telemetry.events import Events
 from moe_scale.telemetry.progress import Progress
 from moe_scale.telemetry.rank_log import RankLog
 from moe_scale.telemetry.sinks import MetricsLogger
@@ -50,6 +51,7 @@ from moe_scale.train.start import (
     agree_on_checkpoint,
     leaving_together,
     naming_this_rank,
+    open_events,
     open_logger,
     open_progress,
     open_rank_log,
@@ -104,6 +106,7 @@ def _train(
         with (
             leaving_together(),
             open_logger(job, hosts, run.state.step if resumed else None) as run.logger,
+            open_events(run, resumed=resumed is not None) as run.events,
             open_progress(job, resumed) as run.progress,
             naming_this_rank(job.launch, rank_log),
             run.saver,
@@ -172,6 +175,7 @@ class Run:
     """What the steps of a run share."""
 
     logger: MetricsLogger
+    events: Events
     progress: Progress
     new_best: dict[str, Any] | None = None
     """The score of a checkpoint that is being written as the best so far."""
@@ -205,10 +209,17 @@ class Run:
         self.watchdog.at(self.state.step, phase)
         self.rank_log.at(phase)
 
-    def tell(self, lines: Iterable[str]) -> None:
-        """Print lines above the progress bar, on rank 0."""
+    def tell(self, lines: Iterable[str], event: str = "warning", **facts: Any) -> None:
+        """Print lines above the progress bar, on rank 0, and write each down as an event of that kind."""
         for line in lines:
             self.progress.message(line)
+            self.events.add(event, text=line.removeprefix("warning: "), **facts)
+
+    def tell_of_saves(self) -> None:
+        """What has become of the checkpoints since the last call."""
+        self.tell(self.saver.news())
+        for step, seconds in self.saver.written():
+            self.events.add("saved", step=step, seconds=round(seconds, 3))
 
 
 @dataclass(frozen=True)
@@ -255,7 +266,7 @@ def _train_steps(run: Run) -> None:
                 _save(run, best=is_best)
             if leaving:
                 run.saver.wait()
-            run.tell(run.saver.news())
+            run.tell_of_saves()
         if leaving and run.agreement.any(bool(run.saver.failure))[0]:
             run.not_saved = f"step {state.step} was not saved: {run.saver.failure}"
             if not last:
@@ -271,7 +282,7 @@ def _evaluate_last_step(run: Run) -> None:
     if run.state.scores.get(EVALUATED) != run.state.step and evaluate(run):
         _save(run, best=True)
         run.saver.wait()
-        run.tell(run.saver.news())
+        run.tell_of_saves()
 
 
 def _step(run: Run, *, logged: bool) -> StepOutcome:
@@ -306,12 +317,14 @@ def _step(run: Run, *, logged: bool) -> StepOutcome:
             record = _grad_norms(engine, run.parts, job.plan.stage, run.groups)
         if bad_loss or bad_gradient:
             _update(zero_state.step_without_update, engine, step)
-            run.tell([run.bad_steps.bad(step, _what_is_bad(bad_loss, record))])
+            run.tell([run.bad_steps.bad(step, _what_is_bad(bad_loss, record))], "skipped")
         else:
             _update(lambda e: e.step(), engine, step)
             updated = not zero.last_step_was_skipped(engine)
             if updated:
                 run.bad_steps.good()
+            else:
+                run.events.add("skipped", text="fp16 gradients are infinite: a lower loss scale follows")
     moe = job.config.moe
     if moe.enabled and moe.router == "sigmoid" and updated:
         update_selection_biases(engine.module, sum_over_ranks(torch.stack(loads).sum(dim=0)), moe.bias_update_rate)
@@ -377,7 +390,8 @@ def _roll_back(run: Run) -> bool:
     path, index = found
     run.spikes.rolled_back(state.step)
     snapshot.put(run.engine, Reader(path, index), step=index.step)
-    run.tell([f"warning: the loss spiked at step {state.step}: back to {path.name}, and past the data since then"])
+    told = f"warning: the loss spiked at step {state.step}: back to {path.name}, and past the data since then"
+    run.tell([told], "went back", to=index.step)
     state.step = index.step  # not the tokens: the data goes on from here
     run.logger.truncate_after(index.step)
     return True

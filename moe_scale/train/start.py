@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
@@ -16,6 +17,7 @@ from moe_scale.errors import EXIT_BAD_CONFIG, ConfigError, Problem, StoppedError
 from moe_scale.parallel import device as devices
 from moe_scale.parallel.launch import Launch
 from moe_scale.settings import to_dict
+from moe_scale.telemetry.events import Events
 from moe_scale.telemetry.progress import Progress
 from moe_scale.telemetry.provenance import snapshot
 from moe_scale.telemetry.rank_log import RankLog
@@ -27,6 +29,9 @@ from moe_scale.train.finished import has_all_steps, how_finished, remove_mark
 from moe_scale.train.lock import alone_in
 from moe_scale.train.preflight import Preflight
 from moe_scale.train.recipe import Job
+
+if TYPE_CHECKING:
+    from moe_scale.train.loop import Run
 
 
 @contextmanager
@@ -150,6 +155,8 @@ def open_logger(job: Job, found: Preflight, resumed_at: int | None) -> MetricsLo
                     argv=job.argv,
                     device=job.device.name,
                     hosts=found.record(),
+                    recipe=job.name,
+                    sparse_layers=job.task.sparse_layers,
                 )
                 job.task.keep_beside(job.run_dir)
             except OSError as error:
@@ -165,6 +172,13 @@ def open_logger(job: Job, found: Preflight, resumed_at: int | None) -> MetricsLo
     # What an earlier start said of its end does not hold for this one.
     logger.truncate_after(-1 if resumed_at is None else resumed_at, without=RESTORED)
     return logger
+
+
+def open_events(run: Run, *, resumed: bool) -> Events:
+    """What happens to the run, beside its metrics; this start is the first of it."""
+    events = Events(run.job.run_dir, lambda: run.state.step, enabled=run.job.launch.is_main)
+    events.add("start", resumed=resumed, ranks=run.job.launch.world_size)
+    return events
 
 
 @contextmanager
