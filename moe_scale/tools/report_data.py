@@ -104,8 +104,9 @@ class RunData:
     def layer_names(self, count: int) -> list[str]:
         """Names of ``count`` sparse layers: their numbers in the model where ``run.json`` has them."""
         numbers = self.facts.get("sparse_layers")
-        known = isinstance(numbers, list) and len(numbers) == count
-        return [f"layer {n}" for n in numbers] if known else [f"sparse layer {n + 1}" for n in range(count)]
+        if isinstance(numbers, list) and len(numbers) == count:
+            return [f"layer {n}" for n in numbers]
+        return [f"sparse layer {n + 1}" for n in range(count)]
 
 
 def open_runs(paths: Sequence[str]) -> list[RunData]:

@@ -251,7 +251,7 @@ def facts_line(run: RunData) -> str:
         parts.append(f"{facts.get('world_size', 1)} {TIMES} {facts['device']}")
     if isinstance(source, dict) and source.get("commit"):
         parts.append(f"commit {source['commit'][:9]}" + (" with changes" if source.get("dirty") else ""))
-    starts = [fact.get("started") for fact in (*run.earlier, facts) if fact.get("started")]
+    starts = [str(fact["started"]) for fact in (*run.earlier, facts) if fact.get("started")]
     parts += [f"begun {_time(starts[0])}"] if starts else []
     return " · ".join(filter(None, parts))
 

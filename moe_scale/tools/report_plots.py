@@ -36,7 +36,7 @@ VARIABLES = {
 
 INK, MUTED, GRID, ALARM, *SERIES = VARIABLES
 
-RC = {
+RC: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "moe_scale",
     "font.size": 9.0,
@@ -140,7 +140,7 @@ def _figure(chart: Chart, size: tuple[float, float], top: float = TOP, bottom: f
             short.steps, short.values, color=colour, linestyle=dashes, marker="o" if few else "", markersize=2.8,
             label=line.label, zorder=3 + 0.01 * line.colour,
         )  # fmt: skip
-        if short.low is not None:
+        if short.low is not None and short.high is not None:
             axes.fill_between(short.steps, short.low, short.high, color=colour, alpha=0.2, linewidth=0, zorder=2)
     axes.grid(axis="y", zorder=0)
     if chart.log:

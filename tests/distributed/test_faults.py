@@ -37,6 +37,13 @@ def steps(runs: Runs, name: str) -> list[dict[str, Any]]:
     return [record for record in records(runs, name) if "loss" in record]
 
 
+def events(runs: Runs, name: str, *kinds: str) -> list[dict[str, Any]]:
+    """Events of a run, of some kinds or all, without their times."""
+    lines = map(json.loads, (runs.folder / name / "events.jsonl").read_text().splitlines())
+    found = [{key: value for key, value in line.items() if key != "time"} for line in lines]
+    return [event for event in found if not kinds or event["event"] in kinds]
+
+
 def saved(runs: Runs, name: str) -> list[str]:
     return sorted(path.name for path in (runs.folder / name / "checkpoints").iterdir())
 
@@ -133,6 +140,11 @@ def test_runs_that_are_beyond_help_and_runs_that_are_not(runs: Runs) -> None:
     assert saved(runs, "bad") == ["latest", "step_00000002", "step_00000004", "step_00000006"]
     assert [r["loss"] is None for r in steps(runs, "bad")] == [False, False, True, True, False, True, True, True]
 
+    assert [event["step"] for event in events(runs, "bad", "skipped")] == [3, 4, 6, 7, 8]
+    first, *_, last = events(runs, "bad")
+    assert first == {"event": "start", "step": 0, "resumed": False, "ranks": 2}
+    assert (last["event"], last["step"], last["text"]) == ("stopped", 8, outcomes["bad"].partition(": ")[2])
+
     assert outcomes["spike"] == outcomes["no-checkpoint"] == outcomes["collapsed"] == outcomes["smooth"] == ""
     smooth, spike = steps(runs, "smooth"), steps(runs, "spike")
     assert [r["step"] for r in spike] == list(range(1, 17)), "the records of what was undone are gone"
@@ -141,6 +153,12 @@ def test_runs_that_are_beyond_help_and_runs_that_are_not(runs: Runs) -> None:
     tokens = smooth[0]["tokens"]
     assert spike[11]["tokens"] == 12 * tokens
     assert spike[12]["tokens"] == 15 * tokens, "steps 13 and 14 were seen, and undone"
+
+    (back,) = events(runs, "spike", "went back")
+    assert (back["step"], back["to"]) == (14, 12)
+    assert {event["step"] for event in events(runs, "spike", "saved")} == {4, 8, 12, 16}
+    assert events(runs, "spike")[-1] == {"event": "finished", "step": 16}
+    assert any("collapsed" in event["text"] for event in events(runs, "collapsed", "warning"))
 
     assert outcomes["spikes"].startswith("DivergedError: the loss spiked at step ")
     assert "after 1 returns" in outcomes["spikes"]
