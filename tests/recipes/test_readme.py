@@ -22,6 +22,7 @@ from tests.curves import TINY_SWITCH, write_words
 from tests.hf import model_folder
 from tests.ranks import REPO, free_port, run_ranks
 from tests.unit.checkpoint.builders import small_config, write_checkpoint
+from tests.unit.tools.report_runs import write_run
 
 BLOCKS = re.findall(r"```bash\n(.*?)```", (REPO / "README.md").read_text(), flags=re.DOTALL)
 COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line.strip()]
@@ -176,6 +177,13 @@ def on_models(command: str, tmp_path: Path) -> str:
     return re.sub(r"(?<= )(exported|models)/", rf"{tmp_path}/\1/", command)
 
 
+def on_runs(command: str, tmp_path: Path) -> str:
+    """The command of a tool that reads runs, on runs that are made up."""
+    for name in re.findall(r"(?<!--output_dir )runs/(\S+)", command):
+        write_run(tmp_path / "runs" / name)
+    return command.replace("runs/", f"{tmp_path}/runs/")
+
+
 HELD_ELSEWHERE = {
     "deepspeed --num_accelerators 2 recipes/lm_16l.py --moe.ep_size 2": "test_launchers.py",
     "torchrun --nproc_per_node 2 recipes/lm_16l.py --moe.ep_size 2": "test_launchers.py",
@@ -193,7 +201,10 @@ HELD_ELSEWHERE = {
 
 IN_THIS_PROCESS = tuple(
     f"moe-scale {tool} "
-    for tool in ("translate", "generate", "experts", "reshard", "sweep", "plan", "export", "import", "upcycle")
+    for tool in (
+        *("translate", "generate", "experts", "report", "reshard", "sweep", "plan"),
+        *("export", "import", "upcycle"),
+    )
 )
 """Tools that start no ranks: a process of their own would take longer to begin than they do to run."""
 
@@ -255,6 +266,8 @@ def test_command_for_a_cpu_runs(
         command, flags = on_a_run(command, request.getfixturevalue("language_model_run"), tmp_path), ""
     elif command.startswith(("moe-scale export", "moe-scale import", "moe-scale upcycle")):
         command, flags = on_models(command, tmp_path), ""
+    elif command.startswith("moe-scale report"):
+        command, flags = on_runs(command, tmp_path), ""
     elif command.startswith("moe-scale reshard"):
         write_checkpoint(tmp_path / "run", small_config(tmp_path))
         command, flags = command.replace("runs/lm_16l lm_16l-weights", f"{tmp_path}/run {tmp_path}/weights"), ""
@@ -290,6 +303,8 @@ def test_command_for_a_cpu_runs(
         assert (tmp_path / "exported" / "lm_16l" / "model.safetensors").is_file()
     elif command.startswith(("moe-scale import", "moe-scale upcycle")):
         assert list(tmp_path.glob("models/*/run.json"))
+    elif command.startswith("moe-scale report"):
+        assert "--live" in command or Path(done.stdout.strip()).is_file()
     elif "reshard" in command:
         assert (tmp_path / "weights" / "index.json").is_file()
     elif "recipes/" in command and "--print_config" not in command:
