@@ -184,7 +184,8 @@ def state_of(run: RunData, now: float) -> tuple[str, str]:
         return "finished", text
     ends = [event for event in run.events if event.kind in ("start", "stopped")]
     if ends and ends[-1].kind == "stopped":
-        return "stopped", f"stopped at {done}: {ends[-1].text}"
+        text = ends[-1].text
+        return "stopped", text if text.startswith("stopped") else f"stopped at {done}: {text}"
     if run.wrote is None or not run.records:
         return "open", "no step is logged yet"
     return "open", f"at {done}; last record {ago(now - run.wrote)} before this page: running, or killed"

@@ -61,7 +61,7 @@ RC: Any = {
     "path.simplify": True,
 }
 
-NARROW, WIDE = (324.0, 180.0), (900.0, 250.0)
+NARROW, WIDE = (290.0, 170.0), (900.0, 250.0)
 """Widths and heights in points. A narrow one is read on a phone at about its own size."""
 
 LEFT, RIGHT, TOP, BOTTOM = 42.0, 8.0, 8.0, 20.0

@@ -200,6 +200,12 @@ def test_preempted_runs_continue_to_the_bit(runs: Runs) -> None:
         assert runs.curve(name) == whole, name
         assert read_mark(runs.folder / name) == read_mark(runs.folder / "whole"), name
         assert len(records(runs, name)) == len(records(runs, "whole")), name
+    told = [
+        (event["event"], event["step"], event.get("resumed"))
+        for event in events(runs, "term", "start", "stopped", "finished")
+    ]
+    assert told == [("start", 0, False), ("stopped", 2, None), ("start", 2, True), ("finished", 6, None)]
+    assert {event["step"] for event in events(runs, "term", "saved")} >= {2, 6}
     assert printed.count("its last step is done; what is left is the end of the run") == 1
     assert f"{runs.folder / 'whole'} is finished, at step 6; a larger max_steps trains on" in printed.splitlines()
     assert not (runs.folder / "whole" / "run.1.json").exists(), "a start of a finished run changes nothing"
