@@ -106,11 +106,12 @@ def follow(
     view = _View(folder, clock)
     try:
         if console.is_terminal:
+            ended = view.look()
             with Live(view.picture(), console=console, auto_refresh=False) as live:
-                while not view.look():
-                    live.update(view.picture(), refresh=True)
+                while not ended:
                     sleep(interval_s)
-                live.update(view.picture(), refresh=True)
+                    ended = view.look()
+                    live.update(view.picture(), refresh=True)
         else:
             while True:
                 before = view.line()
