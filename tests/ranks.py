@@ -33,7 +33,7 @@ class Ended:
         """The lines of a rank, from the one on that names the run, but for its progress and notes."""
         lines = self.output[rank].splitlines()
         begun = next((number for number, line in enumerate(lines) if line.startswith("lm_16l at ")), -1)
-        usual = ("step ", "note: ", "continuing from ")
+        usual = ("step ", "note: ", "continuing from ", "this CPU multiplies bf16 ")
         return [line for line in lines[begun + 1 :] if line and not line.startswith(usual)]
 
     def __str__(self) -> str:
