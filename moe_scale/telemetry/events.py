@@ -50,7 +50,7 @@ class Events:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
         if kind is not None:
-            text = " ".join(str(error).split())[:500]
-            self.add("stopped", text=text or kind.__name__)
+            said = f"exit code {error.code}" if isinstance(error, SystemExit) else " ".join(str(error).split())
+            self.add("stopped", text=said[:500] or kind.__name__)
         if self._file is not None:
             self._file.close()

@@ -111,6 +111,7 @@ def _train(
             naming_this_rank(job.launch, rank_log),
             run.saver,
         ):
+            watchdog.last_words = run.last_words
             if resumed and has_all_steps(job.config, resumed[1]):
                 _evaluate_last_step(run)
             else:
@@ -208,6 +209,11 @@ class Run:
         """Say what this rank is about to do."""
         self.watchdog.at(self.state.step, phase)
         self.rank_log.at(phase)
+
+    def last_words(self, text: str) -> None:
+        """Write down why this process is about to be ended."""
+        self.rank_log.last_words(text)
+        self.events.add("stopped", text=text.partition("\n")[0])
 
     def tell(self, lines: Iterable[str], event: str = "warning", **facts: Any) -> None:
         """Print lines above the progress bar, on rank 0, and write each down as an event of that kind."""

@@ -220,6 +220,9 @@ def test_a_hang_ends_by_a_list_of_where_all_are(runs: Runs) -> None:
         ended = ranks.wait(timeout=200)
     assert ended.codes == [1, 1], ended
     error, zero, one = ended.told(0)
+    last = events(runs, "hangs")[-1]
+    assert (last["event"], last["step"]) == ("stopped", 3), "rank 0 is in the third step"
+    assert last["text"] == error
     assert error.startswith("error: no progress for 0.15 minutes; all ranks stop."), ended
     assert re.match(r"  rank 0 on \S+, process \d+, step 3: (forward|backward|update), for \d+ s", zero), ended
     assert re.match(r"  rank 1 on \S+, process \d+, step 3: forward, for \d+ s", one), ended

@@ -45,9 +45,12 @@ def test_what_ends_a_start_is_an_event(tmp_path: Path) -> None:
         raise RuntimeError("no\n  memory")
     with pytest.raises(KeyboardInterrupt), Events(tmp_path, lambda: 2, enabled=True):
         raise KeyboardInterrupt
+    with pytest.raises(SystemExit), Events(tmp_path, lambda: 2, enabled=True):
+        raise SystemExit(2)
     assert [(event["event"], event["text"]) for event in lines(tmp_path)] == [
         ("stopped", "no memory"),
         ("stopped", "KeyboardInterrupt"),
+        ("stopped", "exit code 2"),
     ]
 
 
