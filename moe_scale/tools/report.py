@@ -14,7 +14,8 @@ from moe_scale.tools.arguments import not_empty, positive_number
 from moe_scale.tools.report_charts import Chart, charts_of
 from moe_scale.tools.report_data import RunData, open_runs
 from moe_scale.tools.report_live import follow
-from moe_scale.tools.report_page import facts_line, heat_blocks, render
+from moe_scale.tools.report_maps import heat_blocks
+from moe_scale.tools.report_page import facts_line, render
 from moe_scale.tools.report_plots import AROUND_EVEN, RISING, draw_heatmaps, draw_png
 
 PAGE = "report.html"

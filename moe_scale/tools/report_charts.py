@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_scale.tools.report_data import Event, RunData, Series
+from moe_scale.tools.report_data import RunData, Series
+from moe_scale.tools.report_events import Event
 
 POINTS = 300
 """Points of a line, at most twice as many; longer series are drawn as means with the range around them."""

@@ -9,16 +9,14 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_scale.checkpoint import folder as folders
 from moe_scale.errors import ConfigError, Problem
-from moe_scale.telemetry.events import EVENTS
+from moe_scale.tools.report_events import Event, events_of
 from moe_scale.train.evaluation import RESTORED
 from moe_scale.train.finished import Mark, read_mark
 
@@ -44,16 +42,6 @@ class Series:
     def last(self) -> float:
         """The last value of a series of numbers."""
         return float(self.values[-1])
-
-
-@dataclass(frozen=True)
-class Event:
-    """Something that happened; ``time`` is empty and ``step`` None where it is not known."""
-
-    time: str
-    kind: str
-    step: int | None
-    text: str
 
 
 @dataclass(frozen=True)
@@ -176,7 +164,7 @@ def read_run(folder: Path, name: str) -> RunData:
         facts=facts,
         earlier=earlier,
         mark=read_mark(folder),
-        events=read_events(folder) or _events_without_their_file(folder, [*earlier, facts], scalars),
+        events=events_of(folder, [*earlier, facts], scalars.get("skipped_steps")),
         scalars=scalars,
         layers=layers,
         loads=loads.get(LOADS),
@@ -362,54 +350,3 @@ def _without_nesting(values: Mapping[str, Any], prefix: str = "") -> dict[str, A
     for name, value in values.items():
         found |= _without_nesting(value, f"{prefix}{name}/") if isinstance(value, dict) else {prefix + name: value}
     return found
-
-
-# --- events ----------------------------------------------------------------------------------------------------------
-
-
-def read_events(folder: Path) -> list[Event]:
-    """The lines of ``events.jsonl`` that can be read; none where it is not there."""
-    path = folder / EVENTS
-    return list(_events(path)) if path.is_file() else []
-
-
-def _events(path: Path) -> Iterator[Event]:
-    for line in path.read_bytes().splitlines():
-        try:
-            found = json.loads(line)
-            kind, step, time = str(found["event"]), int(found["step"]), str(found["time"])
-        except (ValueError, KeyError, TypeError):
-            continue
-        text = str(found.get("text", ""))
-        if kind == "start":
-            ranks = found.get("ranks")
-            text = ("continues from a checkpoint" if found.get("resumed") else "from the beginning") + (
-                f", on {ranks} ranks" if isinstance(ranks, int) and ranks > 1 else ""
-            )
-        elif kind == "saved" and isinstance(found.get("seconds"), int | float):
-            text = f"in {found['seconds']:.1f} s"
-        yield Event(time, kind, step, text)
-
-
-def _events_without_their_file(
-    folder: Path, starts: Sequence[Mapping[str, Any]], scalars: Mapping[str, Series]
-) -> list[Event]:
-    """What other files tell of a run without ``events.jsonl``: starts, skipped steps, and the saves still there."""
-    found = [
-        Event(
-            str(start.get("started", "")), "start", 0 if n == 0 else None, "from the beginning" if n == 0 else "again"
-        )
-        for n, start in enumerate(starts)
-        if start
-    ]
-    skipped = scalars.get("skipped_steps")
-    if skipped is not None:
-        before = 0.0
-        for step, count in zip(skipped.steps, skipped.values, strict=True):
-            if count > before:
-                found.append(Event("", "skipped", int(step), f"{count - before:.0f}, at this step or shortly before"))
-            before = count
-    for path in folders.complete(folder):
-        saved = datetime.fromtimestamp(path.stat().st_mtime, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-        found.append(Event(saved, "saved", folders.step_of(path), ""))
-    return sorted(found, key=lambda event: event.step or 0)

@@ -67,6 +67,8 @@ NARROW, WIDE = (290.0, 170.0), (900.0, 250.0)
 LEFT, RIGHT, TOP, BOTTOM = 42.0, 8.0, 8.0, 20.0
 """Points around the axes. Fixed, because an automatic layout draws every picture twice."""
 
+TIMES = "\N{MULTIPLICATION SIGN}"
+
 DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)))
 """Of the lines whose colours come again."""
 
@@ -227,6 +229,11 @@ def number(value: float) -> str:
         mantissa, _, exponent = f"{value:.2e}".partition("e")
         return f"{float(mantissa):g}e{int(exponent)}"
     return f"{value:,.0f}" if size >= 1000 and value == round(value) else f"{value:.4g}"
+
+
+def brief(value: float, digits: int = 3) -> str:
+    """The same, of so many digits."""
+    return number(float(f"{value:.{digits}g}"))
 
 
 # --- heatmaps --------------------------------------------------------------------------------------------------------

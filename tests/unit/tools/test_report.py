@@ -25,7 +25,8 @@ from moe_scale.tools.report import PAGE, write
 from moe_scale.tools.report_charts import POINTS, charts_of, shorten, shorten_columns
 from moe_scale.tools.report_data import RunData, Series, open_runs, read_run
 from moe_scale.tools.report_live import Tail, follow, spark
-from moe_scale.tools.report_page import differences, heat_blocks, render, settings_of, state_of
+from moe_scale.tools.report_maps import heat_blocks
+from moe_scale.tools.report_page import differences, render, settings_of, state_of
 from moe_scale.tools.report_plots import SERIES, VARIABLES, load_shares, number
 from tests.unit.tools.report_runs import evaluation_record, write_run
 
