@@ -109,14 +109,15 @@ def draw_png(chart: Chart, source: str) -> bytes:
         columns = 8 if chart.wide else 4
         legend = 12.0 * -(-len(chart.lines) // columns) if len(chart.lines) > 1 else 0.0
         figure, axes, above = _figure(
-            chart, (size[0], size[1] + 64 + legend), top=TOP + 36 + legend, bottom=BOTTOM + 28
+            chart, (size[0], size[1] + 68 + legend), top=TOP + 36 + legend, bottom=BOTTOM + 32
         )
         FigureCanvasAgg(figure)
-        left, height = 8 / size[0], size[1] + 64 + legend
+        left, height = 8 / size[0], size[1] + 68 + legend
         figure.text(left, 1 - 5 / height, chart.title, va="top", fontsize=11, fontweight="bold")
         note = chart.note + (f"; the beginning, up to {number(above)}, is above the frame" if above else "")
         figure.text(left, 1 - 22 / height, note, va="top", fontsize=7.5, color=MUTED)
-        figure.text(left, 5 / height, source, fontsize=6, color=MUTED)
+        told = textwrap.fill(source, int(size[0] / 3.6))
+        figure.text(left, 4 / height, told, fontsize=5.5, color=MUTED, va="bottom", linespacing=1.1)
         axes.set_xlabel("step", fontsize=7.5, labelpad=1)
         if len(chart.lines) > 1:
             figure.legend(
