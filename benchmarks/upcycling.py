@@ -2,8 +2,9 @@
 
     python benchmarks/upcycling.py --output_dir runs/upcycling
 
-A dense model is trained; then it, two upcycled ones and one with experts that are drawn anew each go on for as many
-tokens, the same in the same order. Ended and started again, it goes on where it was.
+A dense model is trained; then it, two upcycled ones and one that is drawn anew with experts each train on as many
+tokens, the same in the same order; and the dense one once more, for as many FLOPs as the larger upcycled one. Ended and
+started again, it goes on where it was.
 """
 
 from __future__ import annotations
@@ -45,8 +46,9 @@ UPCYCLED = {
     "4 copies in halves, 2 halves a token": "--num_experts 8 --granularity 2",
 }
 """What is made of the dense model, and how."""
-DRAWN = "8 experts drawn, 2 a token"
-CONTINUED = "dense"
+COPIES = next(iter(UPCYCLED))
+DRAWN = "drawn, 8 experts, 2 a token"
+CONTINUED, LONGER = "dense", "dense, the FLOPs of the copies"
 
 
 def flags(settings: dict[str, Any]) -> list[str]:
@@ -82,6 +84,9 @@ def measure(output_dir: Path, steps: tuple[int, int]) -> dict[str, Any]:
         found[name] = figures(output_dir / f"on-{number}")
     run(output_dir / "on-dense", on | DENSE | {"model.pretrained": dense})
     found[CONTINUED] = figures(output_dir / "on-dense")
+    more = round(steps[1] * found[COPIES]["flops"] / found[CONTINUED]["flops"])
+    run(output_dir / "on-dense-longer", on | DENSE | {"model.pretrained": dense, "max_steps": more})
+    found[LONGER] = figures(output_dir / "on-dense-longer")
     run(output_dir / "on-drawn", on | experts)
     found[DRAWN] = figures(output_dir / "on-drawn")
     return found
@@ -89,18 +94,23 @@ def measure(output_dir: Path, steps: tuple[int, int]) -> dict[str, Any]:
 
 def draw(found: dict[str, Any], path: Path) -> None:
     """Held-out losses over the steps of the continuations."""
+    import matplotlib
+
+    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    _, axes = plt.subplots(figsize=(7, 4))
+    figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
     axes.axhline(list(found["before"]["heldout"].values())[-1], color="grey", linewidth=0.8, label="dense, before")
     for name, values in found.items():
         if name != "before":
-            axes.plot([int(step) for step in values["heldout"]], list(values["heldout"].values()), label=name)
-    axes.set_xlabel("steps on the same tokens")
-    axes.set_ylabel("held-out loss, nats a byte")
-    axes.set_ylim(top=2.6)
-    axes.legend()
-    axes.figure.savefig(path, dpi=120, bbox_inches="tight")
+            axes.plot(
+                [int(step) for step in values["heldout"]], list(values["heldout"].values()), label=name, marker="o"
+            )
+    axes.set(xlabel="steps, of the same tokens", ylabel="held-out loss, nats a byte", title="What goes on from where")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
 
 
 def main() -> None:

@@ -4,8 +4,7 @@ Copies: every expert is the dense feed-forward. The weights of a token's experts
 
 Granular experts (arXiv 2410.07524): the feed-forward's hidden units are cut into G shards, and E experts are E/G copies
 of each. The experts of one copy have equal rows in the router ("virtual groups" there), so a token is sent to whole
-copies; each of their K experts has the weight 1/K on average, and G of them add up to one feed-forward, so outputs are
-multiplied by G.
+copies; each expert has a Gth of its copy's weight, so outputs are multiplied by G.
 
 Shapes: D model width, F hidden width of the dense feed-forward, f = F/G of an expert, E experts, K experts per token.
 """
