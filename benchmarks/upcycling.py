@@ -93,7 +93,7 @@ def measure(output_dir: Path, steps: tuple[int, int]) -> dict[str, Any]:
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
-    """Held-out losses over the steps of the continuations."""
+    """Held-out losses over the steps of what goes on from the dense model."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -102,11 +102,11 @@ def draw(found: dict[str, Any], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
     axes.axhline(list(found["before"]["heldout"].values())[-1], color="grey", linewidth=0.8, label="dense, before")
     for name, values in found.items():
-        if name != "before":
+        if name not in ("before", DRAWN):
             axes.plot(
                 [int(step) for step in values["heldout"]], list(values["heldout"].values()), label=name, marker="o"
             )
-    axes.set(xlabel="steps, of the same tokens", ylabel="held-out loss, nats a byte", title="What goes on from where")
+    axes.set(xlabel="steps, of the same tokens", ylabel="held-out loss, nats a byte", title="From the dense model on")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     figure.savefig(path, dpi=90)
