@@ -157,15 +157,11 @@ class MoELayer(SparseLayer):
         logits_TE = self.router(x_TD) / config.router_temperature
         if config.router == "noisy":
             return noisy_top_k(logits_TE, self.noise(x_TD), config.top_k, training=self.training)
-        if config.router == "sigmoid":
-            return sigmoid_top_k(logits_TE, self.selection_bias_E, config.top_k, renormalize=config.renormalize)
         if config.router == "expert_choice":
             factor = config.capacity_factor if self.training else config.eval_capacity_factor
             tokens = capacity(len(x_TD), config.top_k, config.num_experts, factor, config.min_capacity)
             return expert_choice(logits_TE, tokens, valid_T)
-        if config.conventions == "deepspeed":
-            return deepspeed_top_k(logits_TE, config.top_k)
-        return softmax_top_k(logits_TE, config.top_k, renormalize=config.renormalize)
+        return choose_experts(config, logits_TE, self.selection_bias_E if config.router == "sigmoid" else None)
 
     def plan(self, routing: Routing | ExpertChoice, num_tokens: int, valid_T: Tensor | None) -> DispatchPlan:
         """Step 2: the rows that the decision gives."""
@@ -196,6 +192,20 @@ class MoELayer(SparseLayer):
             )
             for name, parameter in self.experts.named_parameters()
         }
+
+
+def choose_experts(config: MoEConfig, logits_TE: Tensor, bias_E: Tensor | None = None) -> Routing:
+    """What a router whose tokens choose decides by its scores alone: without noise, and not by hash.
+
+    Args:
+        bias_E: the selection bias of a sigmoid router.
+    """
+    if config.router == "sigmoid":
+        assert bias_E is not None, "a sigmoid router has a selection bias"
+        return sigmoid_top_k(logits_TE, bias_E, config.top_k, renormalize=config.renormalize)
+    if config.conventions == "deepspeed":
+        return deepspeed_top_k(logits_TE, config.top_k)
+    return softmax_top_k(logits_TE, config.top_k, renormalize=config.renormalize)
 
 
 def rows_per_expert(config: MoEConfig, num_tokens: int, *, training: bool) -> int | None:
