@@ -8,7 +8,7 @@ from typing import Any
 
 from moe_scale.telemetry.quiet import quiet
 
-TAKE_A_RECIPE = ("compare", "bench-checkpoint", "doctor", "launch", "plan", "sweep")
+TAKE_A_RECIPE = ("compare", "bench-checkpoint", "doctor", "launch", "plan", "prune", "sweep")
 """Tools that hand what they do not know to the recipe that they are given."""
 
 
@@ -27,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         import_hf,
         launch,
         plan,
+        prune,
         report,
         reshard,
         serve,
@@ -47,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "import": import_hf,
         "launch": launch,
         "plan": plan,
+        "prune": prune,
         "report": report,
         "reshard": reshard,
         "serve": serve,
