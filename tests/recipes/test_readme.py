@@ -202,7 +202,7 @@ HELD_ELSEWHERE = {
 IN_THIS_PROCESS = tuple(
     f"moe-scale {tool} "
     for tool in (
-        *("translate", "generate", "experts", "report", "reshard", "sweep", "plan"),
+        *("translate", "generate", "experts", "report", "reshard", "sweep", "plan", "prune"),
         *("export", "import", "upcycle"),
     )
 )
@@ -268,6 +268,10 @@ def test_command_for_a_cpu_runs(
         command, flags = on_models(command, tmp_path), ""
     elif command.startswith("moe-scale report"):
         command, flags = on_runs(command, tmp_path), ""
+    elif command.startswith("moe-scale prune"):
+        run = request.getfixturevalue("language_model_run")
+        command = command.replace("runs/lm_16l", str(run)).replace("runs/", f"{tmp_path}/")
+        flags = "--calibration_tokens 1024"
     elif command.startswith("moe-scale reshard"):
         write_checkpoint(tmp_path / "run", small_config(tmp_path))
         command, flags = command.replace("runs/lm_16l lm_16l-weights", f"{tmp_path}/run {tmp_path}/weights"), ""
@@ -305,6 +309,8 @@ def test_command_for_a_cpu_runs(
         assert list(tmp_path.glob("models/*/run.json"))
     elif command.startswith("moe-scale report"):
         assert "--live" in command or Path(done.stdout.strip()).is_file()
+    elif command.startswith("moe-scale prune"):
+        assert len(list(tmp_path.glob("*/prune.md"))) == 1
     elif "reshard" in command:
         assert (tmp_path / "weights" / "index.json").is_file()
     elif "recipes/" in command and "--print_config" not in command:

@@ -64,6 +64,15 @@ def test_any_stretch_reads_as_that_of_the_whole(saved: Path, config: LMConfig) -
             assert torch.equal(reader.read(name, MOMENTS[1], start, count), moment[start : start + count])
 
 
+def test_weights_are_read_onto_the_cpu_where_a_model_is_built(saved: Path, config: LMConfig) -> None:
+    """Where new tensors are made elsewhere by default, as on the device that a model is built on."""
+    index = read_index(saved)
+    with torch.device("meta"):
+        verify(saved, index)
+        weight = Reader(saved, index).weight("embedding.weight")
+    assert torch.equal(weight, small_model(config).embedding.weight)
+
+
 def test_8bit_moments_come_back_as_codes_where_the_layout_is_the_same(saved: Path) -> None:
     index = read_index(saved)
     reader = Reader(saved, index)
