@@ -27,7 +27,7 @@ from moe_scale.train.recipe import Job, prepare_job
 RECOVERED, SETTINGS, LOG = "recovered", "recover.yaml", "recover.log"
 """In the folder of the weights: the run that begins with them, its settings, and what it said."""
 
-LR_SHARE = 0.3
+LR_SHARE = 0.1
 """Peak learning rate of a recovery as a share of the run's own."""
 
 

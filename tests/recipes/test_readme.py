@@ -141,7 +141,11 @@ def language_model_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A stored run of ``lm_16l`` with the tokenizer's vocabulary, for the tools."""
     folder = tmp_path_factory.mktemp("lm")
     config = small_config(folder)
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=50304))
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, vocab_size=50304),
+        eval=dataclasses.replace(config.eval, max_tokens=1024),
+    )
     write_checkpoint(folder / "lm_16l", config)
     return folder / "lm_16l"
 
@@ -293,7 +297,7 @@ def test_command_for_a_cpu_runs(
     done = in_this_process(started, capsys) if command.startswith(IN_THIS_PROCESS) else shell(started)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "Traceback" not in done.stderr
-    if "compare" in command:
+    if "moe-scale compare" in command or "compare_moe" in command:
         assert (tmp_path / "run" / "compare.json").is_file()
     elif command.startswith("moe-scale sweep"):
         assert (tmp_path / "sweep.yaml").is_file() or "of 1 rank, compared by eval/loss" in done.stdout
