@@ -35,6 +35,7 @@ from moe_scale.tools.prune_report import FULL, Row, write_report
 from moe_scale.tools.stored_run import LM, StoredRun, open_run
 from moe_scale.tools.text_model import find_device
 from moe_scale.train.model_folder import new_folder, write_model_folder
+from moe_scale.train.pretrained import tokenizer_of
 from moe_scale.train.recipe import CHECKOUT
 
 MICRO_BATCH = 8
@@ -241,6 +242,7 @@ class _Bench:
     def _recovered(self, config: LMConfig, pretrained: Path, folder: Path, name: str) -> float:
         """Train on. Returns the held-out loss."""
         assert self.recovery is not None
+        config = replace(config, data=replace(config.data, tokenizer=tokenizer_of(str(pretrained))))
         model = load_model(self.recovery.run(config, pretrained, folder), dropless=True).to(self.device)
         loss = self.text.scores(model, self.device).loss
         print(f"{name}: held-out loss {loss:.4f} after {self.recovery.steps:,} steps", flush=True)
@@ -251,10 +253,18 @@ class _Bench:
         name: str, method: Method | None, model: nn.Module, config: LMConfig, loss: float, recovered: float | None,
         choice: Choice, folder: Path,
     ) -> Row:  # fmt: skip
-        sizes = [num_params(config.model, config.moe).total, num_active_params(config.model, config.moe).total]
-        tensors = {id(t): t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())}
+        tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
         return Row(
-            name, method, config.moe.num_experts, *sizes, sum(tensors.values()), loss, recovered, choice, str(folder)
+            name,
+            method,
+            config.moe.num_experts,
+            num_params(config.model, config.moe).total,
+            num_active_params(config.model, config.moe).total,
+            sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
+            loss,
+            recovered,
+            choice,
+            str(folder),
         )
 
 

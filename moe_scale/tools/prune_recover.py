@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NoReturn
+from typing import IO, NoReturn
 
 from moe_scale.config import LMConfig
 from moe_scale.errors import ConfigError, Problem, StoppedError
@@ -113,13 +113,13 @@ class Recovery:
 
 
 @contextlib.contextmanager
-def _ended_with_this(argv: list[str], log: object) -> Iterator[subprocess.Popen]:
+def _ended_with_this(argv: list[str], log: IO[bytes]) -> Iterator[subprocess.Popen]:
     """A process that is asked to stop, and waited for, when this one is."""
     environ = {name: value for name, value in os.environ.items() if name not in OF_A_LAUNCHER}
     before = signal.signal(signal.SIGTERM, _stop)
     process = subprocess.Popen(
         argv, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environ, start_new_session=True
-    )  # type: ignore[call-overload]
+    )
     try:
         yield process
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,8 @@ from moe_scale.data.tokenizer import load_tokenizer
 from moe_scale.models.pruning import pruned_layer, sparse_layers
 from moe_scale.tools.prune_choice import Method, choose
 from moe_scale.tools.prune_report import Row, verdicts
+from moe_scale.tools.stored_run import LM, open_run
+from moe_scale.train.model_folder import write_model_folder
 from tests.curves import write_words
 from tests.ranks import REPO
 from tests.unit.checkpoint.builders import small_config, write_checkpoint
@@ -91,6 +94,27 @@ def test_a_pruned_model_opens_everywhere(folder: Path, tmp_path: Path, capsys: p
     capsys.readouterr()
     main(["generate", "--run", str(tmp_path / "model"), "--prompt", "et", "--max_tokens", "5"])
     assert capsys.readouterr().out
+
+
+def test_a_model_folder_is_pruned_with_its_own_tokenizer(folder: Path, tmp_path: Path) -> None:
+    """Twice, to one expert of four; what is written does not need what it was made from."""
+    config = make_config(folder)
+    characters = [chr(code) for code in range(33, 127)] + ["\u0120", "\u010a"]
+
+    def tokenizer(target: Path) -> None:
+        target.mkdir()
+        (target / "vocab.json").write_text(json.dumps({character: n for n, character in enumerate(characters)}))
+        (target / "merges.txt").write_text("#version: 0.2\n")
+
+    state = moe_scale.load_model(folder / "run").state_dict()
+    write_model_folder(tmp_path / "four", "decoder", config, state.__getitem__, origin={}, tokenizer=tokenizer)
+    for source, target in (("four", "two"), ("two", "one")):
+        main(["prune", str(tmp_path / source), "--output_dir", str(tmp_path / target), "--calibration_tokens", "64"])
+        shutil.rmtree(tmp_path / source)
+    model = moe_scale.load_model(tmp_path / "one")
+    assert {(layer.config.num_experts, layer.config.top_k) for layer in sparse_layers(model).values()} == {(1, 1)}
+    assert open_run(str(tmp_path / "one"), LM).tokenizer == str(tmp_path / "one" / "tokenizer")
+    assert load_tokenizer(str(tmp_path / "one" / "tokenizer")).encode("et") == [characters.index(c) for c in "et"]
 
 
 def header(model: Path) -> int:
