@@ -178,7 +178,8 @@ class Reconstruction:
     def _after(self, kept: Sequence[int], tokens: Any) -> Tensor:
         """Factors of all experts' outputs when the others are dropped, [tokens, E]."""
         weights_TM = self.scores.at(tokens).of(kept).weights()
-        return torch.zeros_like(self.before_TE[tokens]).index_copy_(1, torch.tensor(kept), weights_TM)
+        places_M = torch.tensor(kept, device=weights_TM.device)
+        return torch.zeros_like(self.before_TE[tokens]).index_copy_(1, places_M, weights_TM)
 
     def _errors(self, kept: Sequence[int], tokens: Any) -> Tensor:
         return _quadratic(self.before_TE[tokens] - self._after(kept, tokens), self.gram_TEE[tokens])
@@ -202,6 +203,6 @@ def _gram(layer: MoELayer, x_TD: Tensor) -> Tensor:
 
 def _run_expert(layer: MoELayer, expert: int, x_RD: Tensor) -> Tensor:
     """One expert's outputs y_RD, unweighted."""
-    counts_E = torch.zeros(layer.config.num_experts, dtype=torch.int64)
+    counts_E = torch.zeros(layer.config.num_experts, dtype=torch.int64, device=x_RD.device)
     counts_E[expert] = len(x_RD)
     return layer.experts(x_RD, counts_E)

@@ -63,7 +63,7 @@ class Recovery:
             resume="auto",
             seed=config.seed + 1,
             model=replace(config.model, pretrained=pretrained),
-            moe=replace(moe, ep_size=math.gcd(moe.ep_size, self.ranks)),
+            moe=replace(moe, ep_size=math.gcd(moe.ep_size, self.ranks) if moe.ep_size else 0),
             optim=replace(optim, lr=LR_SHARE * optim.lr, warmup_steps=warmup, decay_steps=0),
             eval=replace(config.eval, every=0, sample_tokens=0),
             early_stopping=replace(config.early_stopping, metric=""),
