@@ -31,7 +31,7 @@ from moe_scale.telemetry.provenance import commit_of, hide_arguments
 from moe_scale.tools.arguments import not_negative, positive, probability
 from moe_scale.tools.prune_choice import RANKINGS, Choice, Method, choose
 from moe_scale.tools.prune_recover import Recovery
-from moe_scale.tools.prune_report import FULL, Row, write_report
+from moe_scale.tools.prune_report import FULL, Row, show_report, write_report
 from moe_scale.tools.stored_run import LM, StoredRun, open_run
 from moe_scale.tools.text_model import find_device
 from moe_scale.train.model_folder import new_folder, write_model_folder
@@ -96,7 +96,7 @@ def run(arguments: argparse.Namespace, settings: Sequence[str] = ()) -> list[Row
 
     Raises:
         ConfigError: when the run cannot be pruned as asked for, or the folder is there; nothing is written then.
-        RecoveryError: if the recovery fails. The pruned model is there then.
+        RecoveryError: if a recovery fails. The pruned models are there then, with what is known of them.
     """
     raise_if(_contradictions(arguments, settings))
     folder, device = new_folder(arguments.output_dir), find_device(arguments.device)
@@ -117,13 +117,18 @@ def run(arguments: argparse.Namespace, settings: Sequence[str] = ()) -> list[Row
     choices = choose(model, text.calibration(arguments.calibration_tokens, device), methods, num_kept)
     scores = text.scores(model, device)
     print(f"{FULL}: held-out loss {scores.loss:.4f}", flush=True)
-    bench = _Bench(stored, pruned, text, device, recovery, folder)
-    rows = [bench.full(model, scores.loss, recover=arguments.compare)]
+    bench = _Bench(stored, pruned, text, device, folder)
+    rows = [bench.row(FULL, None, model, stored.config, scores.loss, {}, stored.checkpoint)]
     for method, choice in choices.items():
-        where = folder / method.name if arguments.compare else folder
-        rows.append(bench.prune(model, method, choice, where))
-    facts = {"heldout_tokens": scores.tokens, "recovery_tokens": tokens}
-    write_report(rows, _facts(arguments, settings, stored) | facts, folder)
+        rows.append(bench.prune(model, method, choice, folder / method.name if arguments.compare else folder))
+    facts = _facts(arguments, settings, stored) | {"heldout_tokens": scores.tokens, "recovery_tokens": tokens}
+    write_report(rows, facts, folder)
+    if recovery is not None:
+        for place, row in enumerate(rows):
+            if row.method or arguments.compare:
+                rows[place] = replace(row, recovered_loss=bench.recover(row, recovery))
+                write_report(rows, facts, folder)  # what is known stays known if the next one fails
+    show_report(rows, facts, folder)
     return rows
 
 
@@ -200,7 +205,6 @@ class _Bench:
     Attributes:
         stored: the run.
         pruned: its settings with fewer experts.
-        recovery: None without one.
         folder: of the command.
     """
 
@@ -208,19 +212,10 @@ class _Bench:
     pruned: LMConfig
     text: _Text
     device: torch.device
-    recovery: Recovery | None
     folder: Path
 
-    def full(self, model: nn.Module, loss: float, *, recover: bool) -> Row:
-        """The row of the model that is pruned; with ``recover`` it is trained on as the pruned ones are."""
-        recovered = None
-        if recover and self.recovery is not None:
-            where = self.folder / "all"
-            recovered = self._recovered(self.stored.config, self.stored.checkpoint, where, FULL)
-        return self._row(FULL, None, model, self.stored.config, loss, recovered, {}, self.stored.folder)
-
     def prune(self, model: nn.Module, method: Method, choice: Choice, folder: Path) -> Row:
-        """Write a pruned model, recover it if asked for, and measure both."""
+        """Write a pruned model, and measure it."""
         usage = {name: layer.usage_E for name, layer in choice.items()} if method.merge else None
         fewer = prune_model(model, {name: layer.groups for name, layer in choice.items()}, usage)
         state = {name: tensor.cpu() for name, tensor in fewer.state_dict().items()}
@@ -234,25 +229,23 @@ class _Bench:
         write_model_folder(folder, LM.name, self.pruned, state.__getitem__, origin=origin, tokenizer=copy)
         loss = self.text.scores(fewer, self.device).loss
         print(f"{method.name}: held-out loss {loss:.4f} after pruning", flush=True)
-        recovered = None
-        if self.recovery is not None:
-            recovered = self._recovered(self.pruned, folder, folder, method.name)
-        return self._row(method.name, method, fewer, self.pruned, loss, recovered, choice, folder)
+        return self.row(method.name, method, fewer, self.pruned, loss, choice, folder)
 
-    def _recovered(self, config: LMConfig, pretrained: Path, folder: Path, name: str) -> float:
-        """Train on. Returns the held-out loss."""
-        assert self.recovery is not None
-        config = replace(config, data=replace(config.data, tokenizer=tokenizer_of(str(pretrained))))
-        model = load_model(self.recovery.run(config, pretrained, folder), dropless=True).to(self.device)
+    def recover(self, row: Row, recovery: Recovery) -> float:
+        """Train a model of the table on. Returns its held-out loss."""
+        weights = Path(row.folder)
+        config, folder = (self.pruned, weights) if row.method else (self.stored.config, self.folder / "all")
+        config = replace(config, data=replace(config.data, tokenizer=tokenizer_of(row.folder)))
+        model = load_model(recovery.run(config, weights, folder), dropless=True).to(self.device)
         loss = self.text.scores(model, self.device).loss
-        print(f"{name}: held-out loss {loss:.4f} after {self.recovery.steps:,} steps", flush=True)
+        print(f"{row.name}: held-out loss {loss:.4f} after {recovery.steps:,} steps", flush=True)
         return loss
 
     @staticmethod
-    def _row(
-        name: str, method: Method | None, model: nn.Module, config: LMConfig, loss: float, recovered: float | None,
-        choice: Choice, folder: Path,
-    ) -> Row:  # fmt: skip
+    def row(
+        name: str, method: Method | None, model: nn.Module, config: LMConfig, loss: float, choice: Choice, folder: Path
+    ) -> Row:
+        """A row of the table, before any recovery."""
         tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
         return Row(
             name,
@@ -262,7 +255,7 @@ class _Bench:
             num_active_params(config.model, config.moe).total,
             sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
             loss,
-            recovered,
+            None,
             choice,
             str(folder),
         )

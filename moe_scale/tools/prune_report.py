@@ -14,6 +14,7 @@ from rich.table import Table
 
 from moe_scale.errors import ConfigError, Problem
 from moe_scale.telemetry.provenance import write_atomically
+from moe_scale.telemetry.records import finite
 from moe_scale.telemetry.terminal import Console
 from moe_scale.tools.prune_choice import Choice, Method
 
@@ -84,15 +85,16 @@ def verdicts(rows: Sequence[Row], steps: int) -> list[str]:
     draws = [row for row in rows if row.method and row.method.by == "random"]
     if not draws:
         return []
-    columns = [("after pruning", [row.loss for row in draws])]
-    if steps:
-        columns.append((f"after {steps:,} steps", [row.recovered_loss or 0.0 for row in draws]))
-    lines = [f"Random over {len(draws)} seeds: " + "; ".join(f"{name} {_spread(values)}" for name, values in columns)]
+    columns = {"after pruning": [row.loss for row in draws]}
+    recovered = [row.recovered_loss for row in draws if row.recovered_loss is not None]
+    if len(recovered) == len(draws):
+        columns[f"after {steps:,} steps"] = recovered
+    lines = [f"Random over {len(draws)} seeds: " + "; ".join(f"{n} {_spread(values)}" for n, values in columns.items())]
     for row in rows:
         if row.method is None or row in draws:
             continue
-        own = [row.loss, row.recovered_loss or 0.0]
-        told = [f"{name} {_against(value, values)}" for value, (name, values) in zip(own, columns, strict=False)]
+        own = [row.loss, *([] if row.recovered_loss is None else [row.recovered_loss])]
+        told = [f"{name} {_against(loss, columns[name])}" for name, loss in zip(columns, own, strict=False)]
         lines.append(f"{row.name}: " + "; ".join(told))
     return [f"{line}." for line in lines]
 
@@ -111,30 +113,42 @@ def _against(value: float, draws: Sequence[float]) -> str:
 
 
 def write_report(rows: Sequence[Row], facts: Mapping[str, Any], folder: Path) -> None:
-    """``prune.json`` and ``prune.md`` in the folder, and the table on the terminal.
+    """``prune.json`` and ``prune.md`` in the folder, in the place of earlier ones.
 
     Raises:
         ConfigError: if they cannot be written.
     """
-    steps = int(facts["recovery_steps"])
-    header, cells = table_of(rows, steps)
-    notes = [_explained(facts), *verdicts(rows, steps)]
-    title = f"{facts['run']}, step {facts['step']:,}: {rows[-1].num_experts} of {rows[0].num_experts} experts a layer"
-    content = {**facts, "notes": notes, "models": [_plain(row) for row in rows]}
+    header, cells = table_of(rows, facts["recovery_steps"])
+    notes = _notes(rows, facts)
+    content = finite({**facts, "notes": notes, "models": [_plain(row) for row in rows]})
     lines = [header, ["---"] * len(header), *cells]
     markdown = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    text = "\n\n".join([f"# {title}", markdown, *notes, f"`{facts['command']}`, commit {facts['commit']}."]) + "\n"
+    how = f"`{facts['command']}`, commit {facts['commit']}."
+    text = "\n\n".join([f"# {_title(rows, facts)}", markdown, *notes, how]) + "\n"
     try:
         write_atomically(folder / "prune.json", json.dumps(content, indent=1).encode() + b"\n")
         write_atomically(folder / "prune.md", text.encode())
     except OSError as error:
         raise ConfigError(Problem("--output_dir", f"{folder} cannot be written: {error.strerror}")) from None
-    table = Table(*header, title=title, title_justify="left")
+
+
+def show_report(rows: Sequence[Row], facts: Mapping[str, Any], folder: Path) -> None:
+    """The table on the terminal."""
+    header, cells = table_of(rows, facts["recovery_steps"])
+    table = Table(*header, title=_title(rows, facts), title_justify="left")
     for line in cells:
         table.add_row(*line)
     Console(file=sys.stdout, width=None if sys.stdout.isatty() else 190).print(table)
-    print("\n".join(notes))
+    print("\n".join(_notes(rows, facts)))
     print(f"wrote {folder}")
+
+
+def _title(rows: Sequence[Row], facts: Mapping[str, Any]) -> str:
+    return f"{facts['run']}, step {facts['step']:,}: {rows[-1].num_experts} of {rows[0].num_experts} experts a layer"
+
+
+def _notes(rows: Sequence[Row], facts: Mapping[str, Any]) -> list[str]:
+    return [_explained(facts), *verdicts(rows, facts["recovery_steps"])]
 
 
 def _explained(facts: Mapping[str, Any]) -> str:

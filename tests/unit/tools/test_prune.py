@@ -211,6 +211,9 @@ def test_verdicts_count_the_draws_that_are_worse() -> None:
         "better than 3 of 3.",
     ]
     assert not verdicts(rows[:1], 0)
+    unfinished = [*rows[:3], replace(rows[3], recovered_loss=None)]
+    assert [line.count(";") for line in verdicts(unfinished, 10)] == [0, 0]
+    assert [line.count(";") for line in verdicts([replace(rows[0], recovered_loss=None), *rows[1:]], 10)] == [1, 0]
 
 
 def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
@@ -293,4 +296,6 @@ def test_a_recovery_that_fails_leaves_the_pruned_model(
     assert "recovery failed with exit code 1" in (said := capsys.readouterr().err)
     assert "out of luck" in said
     assert sparse_layers(moe_scale.load_model(target))
-    assert not (target / "prune.json").exists()
+    row = json.loads((target / "prune.json").read_text())["models"][1]
+    assert row["loss"] > 0
+    assert row["recovered_loss"] is None
