@@ -153,7 +153,7 @@ class TensorFile:
         try:
             with open(self.path, "rb", buffering=0) as file:
                 file.seek(start)
-                target = memoryview(content)
+                target = content.data
                 while target:
                     got = file.readinto(target)
                     if not got:
