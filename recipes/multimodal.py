@@ -50,14 +50,15 @@ RECIPE = Recipe(
     config_class=MultimodalConfig,
     task=MultimodalTask,
     scales={
+        # Emoji are drawn upright, centred and in colours that mean something: cropping and colouring them only hurts.
         "cpu": {
             "deepspeed_config": f"ds_configs/zero3_cpu{'' if has_fast_bf16_cpu() else '_fp32'}.json",
             "max_steps": 400,
-            "data": {"image_size": 48},
-            "model": {"vocab_size": 4000, "text_layers": 2, "text_width": 192, "text_heads": 4, "image_layers": 4,
-                      "image_width": 192, "image_heads": 4, "fusion_layers": 1, "fusion_width": 128, "fusion_heads": 4,
-                      "embed_size": 128},
-            "moe": {"num_experts": 8, "intermediate_size": 192},
+            "data": {"image_size": 48, "augment": False, "batch_examples": 16},
+            "model": {"vocab_size": 1000, "pooling": "mean", "text_layers": 2, "text_width": 384, "text_heads": 6,
+                      "patch_size": 12, "image_layers": 2, "image_width": 384, "image_heads": 6,
+                      "fusion_layers": 1, "fusion_width": 64, "fusion_heads": 2, "embed_size": 384},
+            "moe": {"num_experts": 8, "intermediate_size": 128},
             "optim": {"lr": 1e-3, "beta2": 0.98, "warmup_steps": 50},
             "eval": {"every": 100},
         },

@@ -21,6 +21,7 @@ from recipes import classifier, lm_16l, multimodal, switch, translation
 from tests.curves import TINY_SWITCH, write_words
 from tests.hf import model_folder
 from tests.ranks import REPO, free_port, run_ranks
+from tests.recipes.test_multimodal import TINY as TINY_MULTIMODAL
 from tests.unit.checkpoint.builders import small_config, write_checkpoint
 from tests.unit.tools.report_runs import write_run
 
@@ -128,6 +129,35 @@ def switch_flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 @pytest.fixture(scope="module")
+def multimodal_flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Flags that make any command of ``multimodal`` on the sample a matter of seconds."""
+    path = tmp_path_factory.mktemp("multimodal") / "tiny.yaml"
+    path.write_text(TINY_MULTIMODAL)
+    return [
+        "--config",
+        str(path),
+        "--data.image_size",
+        "16",
+        "--eval.max_items",
+        "16",
+        "--optim.warmup_steps",
+        "1",
+        "--model.vocab_size",
+        "400",
+    ]
+
+
+@pytest.fixture(scope="module")
+def multimodal_run(multimodal_flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained run of ``multimodal``."""
+    run = tmp_path_factory.mktemp("trained") / "run"
+    flags = shlex.join([*multimodal_flags, "--max_steps", "2", "--output_dir", str(run)])
+    done = shell(f"python recipes/multimodal.py {flags}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return run
+
+
+@pytest.fixture(scope="module")
 def translation_run(translation_flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A trained run of ``translation``, for the tools."""
     run = tmp_path_factory.mktemp("run") / "translation"
@@ -195,6 +225,9 @@ HELD_ELSEWHERE = {
     "deepspeed --num_accelerators 2 recipes/translation.py --moe.ep_size 2 --moe.backend deepspeed": "distributed",
     "deepspeed --num_accelerators 2 recipes/classifier.py --moe.ep_size 2 --moe.backend deepspeed": "distributed",
     "deepspeed --num_accelerators 2 recipes/switch.py --moe.ep_size 2 --moe.backend deepspeed": "distributed",
+    "deepspeed --num_accelerators 2 recipes/multimodal.py --moe.ep_size 2 --moe.num_experts 16": "test_multimodal.py",
+    "python recipes/multimodal.py --model.pretrained runs/multimodal --lora.rank 8 --eval.at_start true --output_dir "
+    "runs/adapted": "test_multimodal.py",
     "python recipes/lm_16l.py": "make train, which is among these commands",
     "python recipes/translation.py --data.pairs en-de en-fr": "translation_run here",
     "python recipes/classifier.py --data.tokenizer encoder --model.embeddings encoder --model.input_size 384 "
@@ -242,6 +275,7 @@ def test_command_for_a_cpu_runs(
     translation_flags: list[str],
     classifier_flags: list[str],
     switch_flags: list[str],
+    multimodal_flags: list[str],
     tmp_path: Path,
     request: pytest.FixtureRequest,
     capsys: pytest.CaptureFixture[str],
@@ -251,6 +285,7 @@ def test_command_for_a_cpu_runs(
         "recipes/classifier.py": classifier_flags,
         "recipes/switch.py": switch_flags,
         "plan recipes/multimodal.py": ["--optim.warmup_steps", "1"],
+        "recipes/multimodal.py": multimodal_flags,
     }
     own = next((flags for name, flags in flags_of.items() if name in command), tiny_flags)
     flags = shlex.join([*own, "--max_steps", "2", "--output_dir", str(tmp_path / "run")])
@@ -266,6 +301,8 @@ def test_command_for_a_cpu_runs(
         flags += " --rounds 1 --steps 1"
     elif command.startswith(("moe-scale translate", "moe-scale experts")):
         command, flags = on_a_run(command, request.getfixturevalue("translation_run"), tmp_path), ""
+    elif "--model.pretrained runs/multimodal" in command:
+        command = command.replace("runs/multimodal", str(request.getfixturevalue("multimodal_run")))
     elif command.startswith("moe-scale generate"):
         command, flags = on_a_run(command, request.getfixturevalue("language_model_run"), tmp_path), ""
     elif command.startswith(("moe-scale export", "moe-scale import", "moe-scale upcycle")):
