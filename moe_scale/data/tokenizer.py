@@ -63,6 +63,7 @@ class TextTokenizer:
     def __init__(self, backend: tokenizers.Tokenizer, eot_id: int):
         self.backend = backend
         self.backend.encode_special_tokens = True  # text never becomes a special token
+        self.backend.post_processor = None  # adds special tokens, which are left out here: not part of the encoding
         self.backend.no_truncation()
         self.backend.no_padding()
         self.eot_id = eot_id

@@ -38,6 +38,8 @@ def test_a_run_goes_out_comes_back_and_goes_on(tiny_flags: list[str], tmp_path: 
     text = their.generate(**prompt, max_new_tokens=12, do_sample=False)[0, prompt["input_ids"].shape[1] :]
     assert torch.equal(text, greedy(our, prompt["input_ids"], 12)[0])
 
+    assert load_tokenizer(str(exported)).fingerprint == load_tokenizer("gpt2").fingerprint
+
     main(["import", str(exported), "--output_dir", str(model)])
     ids_BS = torch.arange(30).view(2, 15) * 1000
     torch.testing.assert_close(ours(model)(ids_BS), our(ids_BS), rtol=TOLERANCE, atol=TOLERANCE)
