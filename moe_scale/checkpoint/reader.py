@@ -13,6 +13,7 @@ from moe_scale.checkpoint.files import DamagedCheckpointError, TensorFile
 from moe_scale.checkpoint.folder import find_checkpoint
 from moe_scale.checkpoint.index import BLOCK, WEIGHT, Fragment, Index, key_of, read_index, verify
 from moe_scale.models.build import build_model
+from moe_scale.models.lora import factor_names, merged
 
 
 class Codes(NamedTuple):
@@ -72,6 +73,24 @@ class Reader:
         table = torch.tensor(self.index.optimizer["tables"][state], dtype=torch.float32)
         blocks = (torch.arange(len(codes)) + (fragment.in_block + at) % BLOCK) // BLOCK
         return table[codes.long()] * scales[blocks]
+
+
+class MergedReader(Reader):
+    """A checkpoint read as that of a model without adapters: to the weights beside which they stand, they are added."""
+
+    @property
+    def names(self) -> list[str]:
+        """Of the model's tensors."""
+        return [name for name in self.index.tensors if ".lora_" not in name]
+
+    def weight(self, name: str) -> Tensor:
+        """A whole logical tensor in its shape; where an adapter was added in fp32."""
+        weight, factors = super().weight(name), factor_names(name)
+        if factors[0] not in self.index.tensors:
+            return weight
+        lora = self.index.settings["lora"]
+        a, b = (super(MergedReader, self).weight(factor) for factor in factors)
+        return merged(weight, a, b, lora["alpha"] / lora["rank"])
 
 
 def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32, dropless: bool = False) -> nn.Module:

@@ -16,7 +16,7 @@ from moe_scale.config.classifier import (
 )
 from moe_scale.config.image_text_data import ImageTextDataConfig
 from moe_scale.config.language_model import DecoderConfig, LMConfig, LMEvalConfig, TextDataConfig
-from moe_scale.config.lora import LoRAConfig
+from moe_scale.config.lora import DecoderLoRAConfig, LoRAConfig
 from moe_scale.config.moe import MoEConfig
 from moe_scale.config.multimodal import (
     ImageEncoderConfig,
@@ -45,6 +45,7 @@ __all__ = [
     "ClassifierMoEConfig",
     "ClassifierModelConfig",
     "DecoderConfig",
+    "DecoderLoRAConfig",
     "EarlyStoppingConfig",
     "EvalConfig",
     "ExampleDataConfig",

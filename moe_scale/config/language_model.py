@@ -20,6 +20,7 @@ from moe_scale.config.base import (
     head_problems,
     setting,
 )
+from moe_scale.config.lora import DecoderLoRAConfig
 from moe_scale.config.run import EvalConfig, RunConfig
 from moe_scale.errors import Problem
 
@@ -118,13 +119,22 @@ class LMConfig(RunConfig):
     """A run of a decoder language model."""
 
     model: DecoderConfig = setting(DecoderConfig, "the decoder")
+    lora: DecoderLoRAConfig = setting(DecoderLoRAConfig, "low-rank adapters")
     eval: LMEvalConfig = setting(LMEvalConfig, "evaluation")
     data: TextDataConfig = setting(TextDataConfig, "the text")
 
     def problems(self) -> list[Problem]:
         found = super().problems() + self.model.problems("model") + self.data.problems("data")
         stack = "moe", "model.num_layers", self.model.num_layers
-        return found + self.moe.every_problems(*stack) + self.moe.dense_size_problems(*stack)
+        found += self.moe.every_problems(*stack) + self.moe.dense_size_problems(*stack)
+        return found + self.lora.problems("lora") + self._lora_problems()
+
+    def _lora_problems(self) -> list[Problem]:
+        found = self.lora.router_problems(self.moe)
+        if self.lora.enabled and self.moe.enabled and self.moe.backend != "custom":
+            what = f"{self.moe.backend} with lora.rank = {self.lora.rank}: its layers take no adapters"
+            found.append(Problem("moe.backend", what, "use moe.backend custom"))
+        return found
 
     def remarks(self) -> list[str]:
         found = super().remarks()
@@ -133,4 +143,6 @@ class LMConfig(RunConfig):
                 "moe.router expert_choice looks at later tokens of a sequence to decide on earlier ones: a decoder's "
                 "loss is then too good, and text generated token by token is routed differently"
             )
+        if self.lora.enabled and not self.model.pretrained:
+            found.append("adapters are trained beside a model whose weights are drawn at random: set model.pretrained")
         return found

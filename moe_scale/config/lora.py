@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moe_scale.config.base import Fraction, NonNegativeInt, PositiveFloat, Strict, setting
+from moe_scale.config.moe import MoEConfig
 from moe_scale.errors import Problem
 
 
@@ -17,8 +18,8 @@ class LoRAConfig(Strict):
     dropout: Fraction = setting(0.0, "of an adapter's input, in training")
     targets: tuple[str, ...] = setting(
         ("*_proj", "query", "key_value", "out"),
-        "linear layers that get an adapter, by the end of their dotted names; * stands for any characters, as in "
-        "image.*.q_proj",
+        "linear layers, and maps of experts, that get an adapter, by the end of their dotted names; * stands for any "
+        "characters, as in image.*.q_proj",
     )
     also_trained: tuple[str, ...] = setting(
         (), "modules that are trained whole beside the adapters, by the end of their dotted names, as head"
@@ -32,3 +33,21 @@ class LoRAConfig(Strict):
         if self.enabled and not self.targets:
             return [Problem(f"{where}.targets", "none, with adapters to be trained", "name linear layers, as query")]
         return []
+
+    def router_problems(self, moe: MoEConfig) -> list[Problem]:
+        """Whether routers stay as they are while adapters are trained."""
+        if not (self.enabled and moe.enabled and moe.router == "sigmoid" and moe.bias_update_rate):
+            return []
+        what = f"{moe.bias_update_rate:g} with lora.rank = {self.rank}, which leaves the model as it is"
+        return [Problem("moe.bias_update_rate", what, "choose 0")]
+
+
+@dataclass(frozen=True)
+class DecoderLoRAConfig(LoRAConfig):
+    """Low-rank adapters (LoRA, arXiv 2106.09685): the model stays as it is, and small matrices beside it learn."""
+
+    targets: tuple[str, ...] = setting(
+        ("attention.*",),
+        "what gets an adapter, by the end of its dotted name, where * stands for any characters: attention.qkv, "
+        "attention.out, attention.gate, router, experts.gate_up, experts.down, dense.* (a shared expert), ffn.*",
+    )

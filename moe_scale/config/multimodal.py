@@ -261,10 +261,7 @@ class MultimodalConfig(RunConfig):
         if moe.router == "hash" and any(part == "fusion" for part, _ in self._expert_stacks()):
             what = "hash with experts in the fusion: patches of images have no token ids"
             found.append(Problem("moe.router", what, "choose another router, or model.experts_in text"))
-        if self.lora.enabled and moe.router == "sigmoid" and moe.bias_update_rate:
-            what = f"{moe.bias_update_rate:g} with lora.rank = {self.lora.rank}, which leaves the model as it is"
-            found.append(Problem("moe.bias_update_rate", what, "choose 0"))
-        return found
+        return found + self.lora.router_problems(moe)
 
     def _data_problems(self) -> list[Problem]:
         model, data, found = self.model, self.data, []

@@ -141,13 +141,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wide = torch.promote_types(hidden_TD.dtype, torch.float32)
         losses = torch.zeros(2, dtype=wide, device=hidden_TD.device)
         grad_hidden = torch.empty_like(hidden_TD) if needs_grad else None
-        grad_weight = torch.zeros_like(weight_VD, dtype=wide) if needs_grad else None
+        needs_grad_weight = needs_grad and ctx.needs_input_grad[1]  # not beside adapters, which leave it as it is
+        grad_weight = torch.zeros_like(weight_VD, dtype=wide) if needs_grad_weight else None
         for start in range(0, hidden_TD.shape[0], chunk_tokens):
             rows = slice(start, start + chunk_tokens)
             logits = F.linear(hidden_TD[rows], weight_VD)
             losses += _softmax_loss_(logits, targets_T[rows], smoothing, needs_grad)
-            if grad_hidden is not None and grad_weight is not None:
+            if grad_hidden is not None:
                 torch.mm(logits, weight_VD, out=grad_hidden[rows])
+            if grad_weight is not None:
                 grad_weight += logits.t() @ hidden_TD[rows]
         if needs_grad:
             ctx.save_for_backward(grad_hidden, grad_weight)
@@ -162,7 +164,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden, grad_weight = ctx.saved_tensors
         return (
             (grad_hidden * grads[0].view(1, 1)).to(grad_hidden.dtype),
-            (grad_weight * grads[0]).to(ctx.weight_dtype),
+            None if grad_weight is None else (grad_weight * grads[0]).to(ctx.weight_dtype),
             *[None] * 4,
         )
 

@@ -21,8 +21,11 @@ FORMAT = "moe_scale"
 
 
 def plain_settings(kind: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of ``config.json`` of a run's model: of the run's settings those that the model is built from."""
-    kept = {section: settings[section] for section in ("model", "moe", "lora") if section in settings}
+    """The content of ``config.json`` of a run's model: of the run's settings those that the model is built from.
+
+    Without those of adapters: they are part of the weights.
+    """
+    kept = {section: settings[section] for section in ("model", "moe")}
     return {"format": FORMAT, "kind": kind, "settings": kept}
 
 

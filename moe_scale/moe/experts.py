@@ -16,6 +16,7 @@ from moe_scale.moe.dispatch import DispatchPlan, combine_rows, gather_rows
 from moe_scale.moe.kernels.cpu_experts import activate, cpu_experts
 from moe_scale.moe.kernels.fused_experts import fused_experts
 from moe_scale.moe.kernels.grouped_linear import grouped_linear
+from moe_scale.moe.low_rank import Adaptable
 from moe_scale.parallel.groups import ParallelGroups
 from moe_scale.parallel.zero import mark_expert_parameters
 
@@ -25,7 +26,7 @@ def expert_stds(d_model: int, hidden: int, depth_scale: float) -> tuple[float, f
     return d_model**-0.5, depth_scale * hidden**-0.5
 
 
-class Experts(nn.Module):
+class Experts(Adaptable):
     """down(activation(up(x))) for each local expert; by default SwiGLU (arXiv 2002.05202) without biases.
 
     Weights are stacked, one tensor for all experts of the rank: one gather brings them all under ZeRO-3, and no rank
@@ -41,6 +42,7 @@ class Experts(nn.Module):
         super().__init__()
         self.activation, self.dropout = config.activation, config.expert_dropout
         self.fused = config.kernels == "triton"
+        self.groups = groups
         hidden, local = config.intermediate_size, groups.local_experts(config.num_experts)
         inner = 2 * hidden if config.activation == "swiglu" else hidden
         self.gate_up = nn.Parameter(torch.empty(len(local), inner, d_model))
@@ -65,7 +67,7 @@ class Experts(nn.Module):
         """
         if self.fused:
             return fused_experts(x, counts_L, plan, self.gate_up, self.down, self.activation)
-        plain = self.gate_up_bias is None and not (self.dropout and self.training)
+        plain = self.gate_up_bias is None and not (self.dropout and self.training) and not self.adapted
         if x.device.type == "cpu" and plain:
             return cpu_experts(x, counts_L, plan, self.gate_up, self.down, self.activation)
         if plan is None:
@@ -75,10 +77,11 @@ class Experts(nn.Module):
     def run_rows(self, x_RD: Tensor, counts_L: Tensor) -> Tensor:
         """Outputs of rows sorted by local expert, one product after the other. Returns y_RD."""
         hidden_RI = _with_bias(grouped_linear(x_RD, self.gate_up, counts_L), self.gate_up_bias, counts_L)
-        hidden_RF = activate(hidden_RI, self.activation)
+        hidden_RF = activate(self.add_adapter("gate_up", x_RD, hidden_RI, counts_L), self.activation)
         if self.dropout:
             hidden_RF = F.dropout(hidden_RF, self.dropout, self.training)
-        return _with_bias(grouped_linear(hidden_RF, self.down, counts_L), self.down_bias, counts_L)
+        y_RD = _with_bias(grouped_linear(hidden_RF, self.down, counts_L), self.down_bias, counts_L)
+        return self.add_adapter("down", hidden_RF, y_RD, counts_L)
 
 
 def _with_bias(y_RO: Tensor, bias_LO: Tensor | None, counts_L: Tensor) -> Tensor:
@@ -87,7 +90,7 @@ def _with_bias(y_RO: Tensor, bias_LO: Tensor | None, counts_L: Tensor) -> Tensor
     return y_RO + bias_LO.repeat_interleave(counts_L, dim=0, output_size=len(y_RO))
 
 
-class SharedExpert(nn.Module):
+class SharedExpert(Adaptable):
     """One feed-forward that every token passes: the shared expert (arXiv 2401.06066), or Residual MoE's dense half."""
 
     def __init__(self, d_model: int, hidden: int, activation: str, init: Init, depth_scale: float = 1.0):
@@ -101,4 +104,5 @@ class SharedExpert(nn.Module):
         (init / "down").normal_(self.down, std_out)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(activate(F.linear(x, self.gate_up), self.activation), self.down)
+        hidden = activate(self.add_adapter("gate_up", x, F.linear(x, self.gate_up)), self.activation)
+        return self.add_adapter("down", hidden, F.linear(hidden, self.down))

@@ -208,6 +208,21 @@ def full_values(parameter: Parameter) -> torch.Tensor:
         return parameter.detach().to("cpu", copy=True)
 
 
+def all_values(parameter: Parameter) -> torch.Tensor:
+    """As :func:`full_values`, but of an expert-parallel parameter those of all experts; all ranks together."""
+    values = full_values(parameter)
+    if not is_expert_parallel(parameter):
+        return values
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.utils import groups
+
+    group = groups._get_expert_parallel_group(expert_group_name(parameter))
+    mine = values.to(get_accelerator().current_device_name())
+    parts = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size(group))]
+    torch.distributed.all_gather(parts, mine, group=group)
+    return torch.cat(parts).cpu()
+
+
 def squared_grad_norms(
     engine: Any, parts: Mapping[str, list[Parameter]], stage: int, groups: ParallelGroups
 ) -> dict[str, float]:

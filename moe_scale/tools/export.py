@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moe_scale.checkpoint import folder as folders
 from moe_scale.checkpoint.index import verify
-from moe_scale.checkpoint.reader import Reader
+from moe_scale.checkpoint.reader import MergedReader
 from moe_scale.data.tokenizer import copy_tokenizer, load_tokenizer, write_tokenizer
 from moe_scale.errors import ConfigError, Problem
 from moe_scale.models.hf.directory import CONFIG, write_tensors
@@ -89,7 +89,7 @@ def _hf_settings(stored: StoredRun[Any], family: Family, dtype: str) -> dict[str
 
 def _renamed(stored: StoredRun[Any], family: Family) -> Iterator[tuple[str, Tensor]]:
     """The tensors as the family has them."""
-    reader = Reader(stored.checkpoint, stored.index)
+    reader = MergedReader(stored.checkpoint, stored.index)
     for rule in rules(family, stored.config.model, stored.config.moe):
         tensors = rule.to_theirs([reader.weight(name).float() for name in rule.ours])
         yield from zip(rule.theirs, tensors, strict=True)
@@ -103,8 +103,8 @@ def _rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _as_they_are(stored: StoredRun[Any]) -> Iterator[tuple[str, Tensor]]:
-    reader = Reader(stored.checkpoint, stored.index)
-    return ((name, reader.weight(name)) for name in stored.index.tensors)
+    reader = MergedReader(stored.checkpoint, stored.index)
+    return ((name, reader.weight(name)) for name in reader.names)
 
 
 def _write_settings(folder: Path, settings: dict[str, Any]) -> None:
@@ -123,8 +123,10 @@ def _write_tokenizer(folder: Path, stored: StoredRun[Any]) -> None:
 
 
 def _remarks(stored: StoredRun[Any]) -> list[str]:
-    """What the exported model does otherwise than the run did in training."""
-    moe = stored.config.moe
+    """How the exported model differs from the run's."""
+    moe, found = stored.config.moe, []
     if moe.enabled and moe.dispatch == "capacity":
-        return ["trained with moe.dispatch capacity; exported models drop no token, as moe-scale generate does"]
-    return []
+        found.append("trained with moe.dispatch capacity; exported models drop no token, as moe-scale generate does")
+    if stored.index.kind == LM.name and stored.config.lora.enabled:
+        found.append(f"the adapters of rank {stored.config.lora.rank} are part of the exported weights")
+    return found

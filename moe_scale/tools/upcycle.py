@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from moe_scale.checkpoint.index import verify
-from moe_scale.checkpoint.reader import Reader
+from moe_scale.checkpoint.reader import MergedReader
 from moe_scale.config import MoEConfig
 from moe_scale.errors import ConfigError, Problem, raise_if
 from moe_scale.initialization import Init
@@ -85,7 +85,7 @@ def run(arguments: argparse.Namespace) -> Path:
 
 def _weights(stored: StoredRun[Any], moe: MoEConfig, granularity: int, seed: int) -> Callable[[str], Tensor]:
     """Of each tensor of the sparse model its values."""
-    reader, init = Reader(stored.checkpoint, stored.index), Init(seed)
+    reader, init = MergedReader(stored.checkpoint, stored.index), Init(seed)
 
     def weight(name: str) -> Tensor:
         layer, _, part = name.partition(".moe.")

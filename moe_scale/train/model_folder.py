@@ -96,7 +96,7 @@ def write_model_folder(
         if tokenizer is not None:
             tokenizer(partial / TOKENIZER_FOLDER)
             config = _with(config, "data", tokenizer=str(folder / TOKENIZER_FOLDER))
-        config = _with(config, "model", pretrained="")
+        config = _with(_with(config, "model", pretrained=""), "lora", rank=0)  # adapters are part of the weights
         settings = to_dict(config)
         _write_checkpoint(partial, kind, settings, weight)
         record = {
@@ -134,7 +134,9 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _with(config: Any, section: str, **values: Any) -> Any:
-    """The settings with others in a section, where it has them."""
+    """The settings with others in a section, where there is one that has them."""
+    if not hasattr(config, section):
+        return config
     there = {name: value for name, value in values.items() if hasattr(getattr(config, section), name)}
     return replace(config, **{section: replace(getattr(config, section), **there)})
 

@@ -23,13 +23,13 @@ from moe_scale.models.multimodal_counts import num_active_params, num_params, tr
 from moe_scale.models.text_image import MultimodalOutput, TextImageModel
 from moe_scale.parallel import device
 from moe_scale.parallel.groups import ParallelGroups
+from moe_scale.train.adapters import trained_line
 from moe_scale.train.finished import write_files
 from moe_scale.train.multimodal_model import (
     KIND,
     build_text_image,
-    keep_adapters,
+    keep_all_adapters,
     model_problems,
-    trained_line,
     vocabulary_of,
 )
 from moe_scale.train.task import Task, unequal_batches
@@ -184,12 +184,12 @@ class MultimodalTask(Task):
     def summarize(self, engine: Any, scores: dict[str, Any], run_dir: Path) -> list[tuple[str, str]]:
         config = self.config
         if config.lora.enabled:
-            keep_adapters(engine.module, config, run_dir, write=self.rank == 0)
+            keep_all_adapters(engine.module, config, run_dir, write=self.rank == 0)
         engine.eval()
         lines = [
             ("model", "{:,} parameters, {:,} active".format(
                 *(count(config.model, config.moe).total for count in (num_params, num_active_params)))),
-            *trained_line(engine.module, config),
+            *trained_line(engine.module, config.lora, config.moe.ep_size),
             ("data", str(self.data.report)),
         ]  # fmt: skip
         if config.model.goal == "retrieval":

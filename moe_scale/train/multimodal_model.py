@@ -14,13 +14,12 @@ from moe_scale.models.lora import adapter_problems, adapters, add_adapters, save
 from moe_scale.models.text_image import TextImageModel
 from moe_scale.models.vit_weights import load_vit, vit_problems
 from moe_scale.parallel.groups import ParallelGroups
-from moe_scale.parallel.zero import full_shape
+from moe_scale.train.adapters import keep_adapters
 from moe_scale.train.pretrained import begin_with, pretrained_problems
 
 KIND = "text-image"
-ADAPTERS, VIT_ADAPTERS = "adapters", "adapters_vit"
-"""Folders of a run with its adapters, as peft has them: of the whole model, and of its image encoder alone, which fit a
-ViT of Hugging Face."""
+VIT_ADAPTERS = "adapters_vit"
+"""Folder of a run with the adapters of its image encoder alone, as peft has them: they fit a ViT of Hugging Face."""
 
 
 def build_text_image(config: MultimodalConfig, groups: ParallelGroups) -> TextImageModel:
@@ -61,23 +60,14 @@ def model_problems(config: MultimodalConfig) -> list[Problem]:
     return found + (adapter_problems(model, config.lora) if config.lora.enabled else [])
 
 
-def trained_line(model: nn.Module, config: MultimodalConfig) -> list[tuple[str, str]]:
-    """A line of the summary about adapters; none without."""
-    if not config.lora.enabled:
-        return []
-    count = sum(full_shape(parameter).numel() for parameter in model.parameters() if parameter.requires_grad)
-    where = f"{len(adapters(model))} layers, rank {config.lora.rank}"
-    return [("adapters", f"{count:,} parameters trained, those of {where}, and the rest left as it was")]
-
-
-def keep_adapters(model: nn.Module, config: MultimodalConfig, run_dir: Path, *, write: bool) -> None:
-    """Write the run's adapters; all ranks together.
+def keep_all_adapters(model: nn.Module, config: MultimodalConfig, run_dir: Path, *, write: bool) -> None:
+    """Write the run's adapters, and those of its image encoder alone; all ranks together.
 
     Args:
         write: False on ranks that only help to gather.
     """
     base = config.model.pretrained or config.model.vit_weights
-    save_adapters(model, config.lora, run_dir / ADAPTERS, base=base, write=write)
+    keep_adapters(model, config.lora, run_dir, base=base, write=write)
     assert isinstance(model, TextImageModel)
     if model.image is not None and adapters(model.image):
         save_adapters(model.image, config.lora, run_dir / VIT_ADAPTERS, base=config.model.vit_weights, write=write)

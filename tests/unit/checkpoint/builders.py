@@ -13,6 +13,7 @@ from moe_scale.checkpoint.reader import persistent_buffers
 from moe_scale.checkpoint.writer import Piece, join, write_part
 from moe_scale.config import LMConfig
 from moe_scale.models.decoder import DecoderLM
+from moe_scale.models.lora import add_adapters
 from moe_scale.settings import read_settings, to_dict
 
 SETTINGS = """
@@ -34,6 +35,11 @@ def small_model(config: LMConfig) -> DecoderLM:
     with torch.no_grad():
         for buffer in persistent_buffers(model).values():
             buffer.normal_(generator=torch.Generator().manual_seed(1))
+        if config.lora.enabled:
+            add_adapters(model, config.lora, seed=5)
+            for name, parameter in model.named_parameters():
+                if ".lora_" in name:
+                    parameter.add_(0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
     return model
 
 

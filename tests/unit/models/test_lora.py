@@ -43,6 +43,7 @@ VIT = ImageEncoderConfig(
     activation_checkpointing=False,
 )  # fmt: skip
 LORA = LoRAConfig(rank=3, alpha=12.0, targets=("q_proj", "v_proj", "layers.1.mlp.fc*"))
+EXPERTS = LoRAConfig(rank=3, alpha=12.0, targets=("experts.*",))
 DECODER = DecoderConfig(num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, vocab_size=128)
 
 
@@ -197,6 +198,63 @@ def test_language_models_have_them_too() -> None:
     expected = model.float()(ids, ids).loss
     merge_adapters(model)
     torch.testing.assert_close(model(ids, ids).loss, expected, rtol=1e-5, atol=1e-5)
+
+
+def experts(lora: LoRAConfig | None = EXPERTS) -> DecoderLM:
+    """A small decoder with experts, their adapters as if trained."""
+    model = DecoderLM(DECODER, MoEConfig(num_experts=4, intermediate_size=16, shared_intermediate_size=12), seed=3)
+    if lora is not None:
+        add_adapters(model, lora)
+        disturb(model)
+    return model.eval()
+
+
+def tokens() -> torch.Tensor:
+    return torch.randint(0, 128, (2, 9), generator=torch.Generator().manual_seed(0))
+
+
+def test_each_expert_has_factors_of_its_own() -> None:
+    lora = replace(EXPERTS, targets=("attention.*", "router", "experts.*", "dense.*"))
+    qkv, out, gate, router = 32 + 64, 32 + 32, 32 + 32, 32 + 4
+    formula = 2 * 3 * (qkv + out + gate + router + 4 * ((32 + 32) + (16 + 32)) + (32 + 24) + (12 + 32))
+    model = experts(lora)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == formula
+    assert num_adapter_params(experts(None), lora) == formula
+    assert len(adapters(model)) == 2 * (3 + 1 + 2 + 2)
+    assert all(".lora_" in name for name, p in model.named_parameters() if p.requires_grad)
+
+
+def test_merged_experts_are_unmerged_ones() -> None:
+    lora = replace(EXPERTS, targets=("experts.*", "dense.*", "router", "qkv"))
+    model, base = experts(lora), experts(None)
+    expected = model(tokens())
+    assert (expected - base(tokens())).abs().max() > 0.1
+    merge_adapters(model)
+    torch.testing.assert_close(model(tokens()), expected, rtol=1e-5, atol=1e-5)
+    assert model.state_dict().keys() == base.state_dict().keys()
+    assert not adapters(model)
+
+
+@pytest.mark.parametrize("targets", [("experts.*",), ("experts.down",), ("experts.*", "dense.*")])
+def test_peft_reads_and_writes_those_of_experts(tmp_path: Path, targets: tuple[str, ...]) -> None:
+    """As ``target_parameters``, onto the model that they stand beside here."""
+    lora = replace(EXPERTS, targets=targets)
+    model = experts(lora)
+    save_adapters(model, lora, tmp_path)
+    adapted: Any = peft.PeftModel.from_pretrained(experts(None), tmp_path).eval()
+    torch.testing.assert_close(adapted(tokens()), model(tokens()), rtol=1e-5, atol=1e-5)
+    adapted.save_pretrained(tmp_path / "theirs")
+    again = experts(None)
+    assert load_adapters(again, tmp_path / "theirs").rank == 3
+    torch.testing.assert_close(again(tokens()), model(tokens()), rtol=1e-5, atol=1e-5)
+
+
+def test_experts_of_kernels_that_take_no_adapters_are_refused() -> None:
+    with torch.device("meta"):
+        model = DecoderLM(DECODER, MoEConfig(num_experts=4, intermediate_size=16, kernels="triton"))
+    (problem,) = adapter_problems(model, EXPERTS)
+    assert problem.where == "moe.kernels"
+    assert not adapter_problems(model, replace(EXPERTS, targets=("attention.*", "router")))
 
 
 def test_names_that_fit_nothing_are_told_with_those_there_are() -> None:

@@ -11,13 +11,26 @@ import torch
 from transformers import AutoTokenizer
 
 from moe_scale.cli import main
-from moe_scale.config import SwitchConfig, SwitchModelConfig, SwitchMoEConfig, TextDataConfig
+from moe_scale.config import (
+    DecoderConfig,
+    DecoderLoRAConfig,
+    LMConfig,
+    MoEConfig,
+    SwitchConfig,
+    SwitchModelConfig,
+    SwitchMoEConfig,
+    TextDataConfig,
+)
 from moe_scale.data.tokenizer import load_tokenizer
+from moe_scale.models.decoder import DecoderLM
 from moe_scale.models.hf import directory
+from moe_scale.models.lora import adapters
 from moe_scale.models.plain import load_plain
 from moe_scale.models.switch import SwitchLM
+from moe_scale.tools.stored_run import LM, open_run
 from moe_scale.train.model_folder import write_model_folder
-from tests.hf import TOLERANCE, assert_same_model, model_folder, ours, theirs
+from tests.hf import MODEL, MOE, TOLERANCE, assert_same_model, model_folder, ours, theirs
+from tests.unit.checkpoint.builders import write_checkpoint
 
 UNGATED = {"attention_gate": "none"}
 HOMES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
@@ -63,6 +76,45 @@ def test_transformers_opens_it(case: str, tmp_path: Path, capsys: pytest.Capture
     assert their.config.model_type == model_type
     assert_same_model(ours(run), their, new_tokens=64 if case in LONG else 8)
     assert ("drop no token" in capsys.readouterr().out) == (case == "capacity")
+
+
+def adapted_run(folder: Path, moe: MoEConfig) -> Path:
+    """A run whose adapters were trained, of attention, routers and feed-forwards."""
+    targets = ("attention.*", "router", "experts.*") if moe.enabled else ("attention.*", "ffn.*")
+    config = LMConfig(
+        model=DecoderConfig(**MODEL),
+        moe=moe,
+        lora=DecoderLoRAConfig(rank=2, targets=targets),
+        data=TextDataConfig(tokenizer="bytes", seq_len=96),
+    )
+    write_checkpoint(folder, config)
+    return folder
+
+
+def test_adapters_become_part_of_the_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = adapted_run(tmp_path / "run", MoEConfig(**MOE))
+    exported = export(run, tmp_path / "exported")
+    assert "the adapters of rank 2 are part" in capsys.readouterr().out
+    model = ours(run)
+    assert adapters(model)
+    assert_same_model(model, theirs(exported), new_tokens=8)
+    plain = load_plain(export(run, tmp_path / "plain", "--to", "moe_scale"))
+    assert not adapters(plain)
+    ids_BS = torch.arange(30).view(2, 15)
+    expected = model(ids_BS)
+    torch.testing.assert_close(plain(ids_BS), expected, rtol=TOLERANCE, atol=TOLERANCE)
+    config = open_run(str(run), LM).config
+    assert (DecoderLM(config.model, config.moe, seed=5)(ids_BS) - expected).abs().max() > 0.1
+
+
+def test_a_dense_run_with_adapters_is_upcycled_with_them(tmp_path: Path) -> None:
+    run = adapted_run(tmp_path / "run", MoEConfig(enabled=False, intermediate_size=12, top_k=2))
+    main(["upcycle", str(run), "--output_dir", str(tmp_path / "sparse"), "--num_experts", "4"])
+    model, sparse = ours(run), ours(tmp_path / "sparse")
+    assert adapters(model)
+    assert not adapters(sparse)
+    ids_BS = torch.arange(30).view(2, 15)
+    torch.testing.assert_close(sparse(ids_BS), model(ids_BS), rtol=TOLERANCE, atol=TOLERANCE)
 
 
 def test_its_tokenizer_is_ours_and_begins_texts_as_documents_begin(tmp_path: Path) -> None:
