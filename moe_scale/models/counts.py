@@ -44,13 +44,27 @@ def forward_flops_per_token(model: DecoderConfig, moe: MoEConfig, seq_len: int) 
     sparse = sum(is_sparse(moe, layer) for layer in range(model.num_layers))
     looked_up = 0 if model.tie_embeddings else model.vocab_size * model.d_model
     weights = active.total - looked_up - active.norms - sparse * moe.top_k * _expert_biases(model, moe)
-    visible = (seq_len + 1) / 2
-    return 2 * weights + model.num_layers * 4 * model.num_heads * model.head_width * visible
+    return 2 * weights + _score_flops(model, seq_len)
 
 
 def training_flops_per_token(model: DecoderConfig, moe: MoEConfig, seq_len: int) -> float:
     """Forward and backward: three times the forward pass. Recomputation is not counted, as usual for MFU."""
     return 3 * forward_flops_per_token(model, moe, seq_len)
+
+
+def adapter_training_flops_per_token(model: DecoderConfig, moe: MoEConfig, seq_len: int) -> float:
+    """As :func:`training_flops_per_token` where adapters alone are trained: no gradients of the model's own weights.
+
+    Without the adapters' own products, a few per cent.
+    """
+    forward, scores = forward_flops_per_token(model, moe, seq_len), _score_flops(model, seq_len)
+    return 2 * (forward - scores) + 3 * scores
+
+
+def _score_flops(model: DecoderConfig, seq_len: int) -> float:
+    """Of a token's scores and weighted values in all layers, forward."""
+    visible = (seq_len + 1) / 2
+    return model.num_layers * 4 * model.num_heads * model.head_width * visible
 
 
 def _params(model: DecoderConfig, moe: MoEConfig, experts_counted: int) -> Counts:

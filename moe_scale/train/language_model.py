@@ -11,7 +11,12 @@ from torch import nn
 from moe_scale.config import LMConfig
 from moe_scale.data.text import Batch
 from moe_scale.errors import Problem
-from moe_scale.models.counts import num_active_params, num_params, training_flops_per_token
+from moe_scale.models.counts import (
+    adapter_training_flops_per_token,
+    num_active_params,
+    num_params,
+    training_flops_per_token,
+)
 from moe_scale.models.decoder import DecoderLM, LMOutput
 from moe_scale.models.layers import is_sparse
 from moe_scale.models.lora import adapter_problems, add_adapters
@@ -28,7 +33,8 @@ class LanguageModelTask(TextTask):
     def __init__(self, config: LMConfig):
         super().__init__(config)
         self.tokens_per_sequence = config.data.seq_len
-        self.flops_per_token = training_flops_per_token(config.model, config.moe, config.data.seq_len)
+        training_flops = adapter_training_flops_per_token if config.lora.enabled else training_flops_per_token
+        self.flops_per_token = training_flops(config.model, config.moe, config.data.seq_len)
         self.sparse_layers = [n for n in range(config.model.num_layers) if is_sparse(config.moe, n)]
 
     def check(self) -> list[Problem]:

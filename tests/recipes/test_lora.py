@@ -40,15 +40,17 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def runs(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base; adapters beside it, all at once with every expert on each rank; and with half of them, in two starts."""
+    """A base, and adapters beside it: with every expert on each rank; with half of them after the first two steps; and
+    in bf16."""
     folder = tmp_path_factory.mktemp("runs")
     beside = [*flags, *LORA, "--model.pretrained", str(folder / "base")]
     ep2 = [*beside, "--moe.ep_size", "2", "--output_dir", str(folder / "ep2"), "--optim.schedule", "constant"]
     cases = [
         [*flags, "--output_dir", str(folder / "base")],
         [*beside, "--output_dir", str(folder / "ep1"), "--optim.schedule", "constant"],
-        [*ep2, "--max_steps", "2"],
+        [*ep2, "--moe.ep_size", "1", "--max_steps", "2"],
         [*ep2, "--resume", "must"],
+        [*ep2, "--output_dir", str(folder / "bf16"), "--deepspeed_override", "bf16.enabled=true"],
     ]
     (folder / "cases.json").write_text(json.dumps(cases))
     run_ranks(2, [TRAIN_CASES, str(folder / "cases.json")], timeout=280)
@@ -86,6 +88,15 @@ def test_the_formula_counts_what_the_optimizer_has_a_state_of(runs: Path, run: s
     trained = {name: tensor for name, tensor in index.tensors.items() if MOMENTS[0] in tensor.states}
     assert all(".lora_" in name for name in trained)
     assert sum(tensor.numel for tensor in trained.values()) == formula
+
+
+def test_bf16_rounds_the_base_once_and_not_the_adapters(runs: Path) -> None:
+    base, adapted = weights(runs / "base"), weights(runs / "bf16")
+    assert all(torch.equal(adapted[name], base[name].bfloat16().float()) for name in base)
+    name = "layers.0.moe.experts.lora_gate_up.B"
+    assert not torch.equal(adapted[name], adapted[name].bfloat16().float())
+    losses = [[r["loss"] for r in records(runs / run) if "loss" in r] for run in ("ep1", "bf16")]
+    assert losses[1] == pytest.approx(losses[0], abs=0.05)
 
 
 def test_expert_parallelism_and_a_resume_change_nothing(runs: Path) -> None:

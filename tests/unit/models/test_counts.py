@@ -13,7 +13,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from moe_scale.config import DecoderConfig, MoEConfig
-from moe_scale.models.counts import forward_flops_per_token, num_active_params, num_params, training_flops_per_token
+from moe_scale.models.counts import (
+    adapter_training_flops_per_token,
+    forward_flops_per_token,
+    num_active_params,
+    num_params,
+    training_flops_per_token,
+)
 from moe_scale.models.decoder import DecoderLM
 
 GRID = [
@@ -183,3 +189,10 @@ def test_flops_are_those_of_the_matrix_products(gate: str, moe: dict[str, Any], 
     assert forward.get_total_flops() - per_pair * hidden_pairs == expected
     assert training_flops_per_token(*settings, seq_len) == 3 * forward_flops_per_token(*settings, seq_len)
     assert training.get_total_flops() - 3 * per_pair * hidden_pairs == 3 * expected
+
+    model.requires_grad_(False)
+    model.embedding.register_forward_hook(lambda _, __, x_BSD: x_BSD.requires_grad_())  # as if of an adapter before it
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as frozen:
+        model(ids_BS, ids_BS).lm_loss.backward()
+    expected = tokens * adapter_training_flops_per_token(*settings, seq_len)
+    assert frozen.get_total_flops() - 3 * per_pair * hidden_pairs == expected
