@@ -19,13 +19,14 @@ import torch
 from torch import nn
 
 from moe_scale.checkpoint.reader import load_model
-from moe_scale.config import LMConfig
+from moe_scale.config import DecoderLoRAConfig, LMConfig
 from moe_scale.data.packing import Batch
 from moe_scale.data.text import PreparedText, StreamedText, eval_batches, open_text, train_loader
 from moe_scale.data.tokenizer import TextTokenizer, load_tokenizer
 from moe_scale.errors import Problem, raise_if
 from moe_scale.evaluate.language_model import LMScores, score
 from moe_scale.models.counts import num_active_params, num_params
+from moe_scale.models.lora import merge_adapters
 from moe_scale.models.pruning import kept_number, prune_model, pruned_config, pruning_problems
 from moe_scale.telemetry.provenance import commit_of, hide_arguments
 from moe_scale.tools.arguments import not_negative, positive, probability
@@ -101,9 +102,9 @@ def run(arguments: argparse.Namespace, settings: Sequence[str] = ()) -> list[Row
     raise_if(_contradictions(arguments, settings))
     folder, device = new_folder(arguments.output_dir), find_device(arguments.device)
     stored = open_run(arguments.run, LM)
-    stored = replace(
-        stored, config=replace(stored.config, data=replace(stored.config.data, tokenizer=stored.tokenizer))
-    )
+    data = replace(stored.config.data, tokenizer=stored.tokenizer)
+    # Adapters are merged: what is pruned is one model, and a recovery trains all of it.
+    stored = replace(stored, config=replace(stored.config, data=data, lora=DecoderLoRAConfig()))
     num_kept = kept_number(stored.config.moe.num_experts, arguments.keep)
     raise_if(pruning_problems(arguments.run, stored.config.moe, stored.config.model.num_layers, num_kept))
     pruned = replace(stored.config, moe=pruned_config(stored.config.moe, num_kept))
@@ -113,6 +114,7 @@ def run(arguments: argparse.Namespace, settings: Sequence[str] = ()) -> list[Row
         tokens = arguments.recover * recovery.check(pruned, folder).tokens_per_step
     text = _Text.open(stored.config)
     model = stored.load_model(dropless=True).to(device)
+    merge_adapters(model)
     methods = _methods(arguments)
     choices = choose(model, text.calibration(arguments.calibration_tokens, device), methods, num_kept)
     scores = text.scores(model, device)

@@ -16,10 +16,11 @@ import torch
 import moe_scale
 from moe_scale.checkpoint.index import read_index
 from moe_scale.cli import main
-from moe_scale.config import LMConfig
+from moe_scale.config import DecoderLoRAConfig, LMConfig
 from moe_scale.data.packing import Batch
 from moe_scale.data.text import eval_batches, open_text
 from moe_scale.data.tokenizer import load_tokenizer
+from moe_scale.models.lora import adapters, merge_adapters
 from moe_scale.models.pruning import pruned_layer, sparse_layers
 from moe_scale.tools.prune_choice import Method, choose
 from moe_scale.tools.prune_report import Row, verdicts
@@ -62,6 +63,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_words(path / "text.jsonl", 40)
     write_checkpoint(path / "run", make_config(path))
     return path
+
+
+def test_adapters_are_merged_before(folder: Path, tmp_path: Path) -> None:
+    lora = DecoderLoRAConfig(rank=2, targets=("attention.*", "experts.*"))
+    write_checkpoint(tmp_path / "run", replace(make_config(folder), lora=lora))
+    run, whole = open_run(str(tmp_path / "run"), LM), moe_scale.load_model(tmp_path / "run")
+    assert adapters(whole)
+    merge_adapters(whole)
+    prune(tmp_path, tmp_path / "pruned")
+    pruned = moe_scale.load_model(tmp_path / "pruned")
+    assert not adapters(pruned)
+    assert open_run(str(tmp_path / "pruned"), LM).config.lora != run.config.lora
+    theirs = dict(whole.named_parameters())
+    for name, weight in pruned.named_parameters():
+        if ".experts." in name:
+            assert all(any(torch.equal(expert, other) for other in theirs[name]) for expert in weight), name
+        elif "router" not in name:
+            torch.testing.assert_close(weight, theirs[name], rtol=0, atol=0, msg=name)
 
 
 def prune(folder: Path, target: Path, *flags: str) -> dict[str, Any]:
