@@ -127,14 +127,7 @@ class LMConfig(RunConfig):
         found = super().problems() + self.model.problems("model") + self.data.problems("data")
         stack = "moe", "model.num_layers", self.model.num_layers
         found += self.moe.every_problems(*stack) + self.moe.dense_size_problems(*stack)
-        return found + self.lora.problems("lora") + self._lora_problems()
-
-    def _lora_problems(self) -> list[Problem]:
-        found = self.lora.router_problems(self.moe)
-        if self.lora.enabled and self.moe.enabled and self.moe.backend != "custom":
-            what = f"{self.moe.backend} with lora.rank = {self.lora.rank}: its layers take no adapters"
-            found.append(Problem("moe.backend", what, "use moe.backend custom"))
-        return found
+        return found + self.lora.problems("lora") + self.lora.moe_problems(self.moe)
 
     def remarks(self) -> list[str]:
         found = super().remarks()

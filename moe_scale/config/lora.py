@@ -34,12 +34,18 @@ class LoRAConfig(Strict):
             return [Problem(f"{where}.targets", "none, with adapters to be trained", "name linear layers, as query")]
         return []
 
-    def router_problems(self, moe: MoEConfig) -> list[Problem]:
-        """Whether routers stay as they are while adapters are trained."""
-        if not (self.enabled and moe.enabled and moe.router == "sigmoid" and moe.bias_update_rate):
-            return []
-        what = f"{moe.bias_update_rate:g} with lora.rank = {self.rank}, which leaves the model as it is"
-        return [Problem("moe.bias_update_rate", what, "choose 0")]
+    def moe_problems(self, moe: MoEConfig) -> list[Problem]:
+        """Whether sparse layers take adapters, and stay as they are while these are trained."""
+        found: list[Problem] = []
+        if not (self.enabled and moe.enabled):
+            return found
+        if moe.backend != "custom":
+            what = f"{moe.backend} with lora.rank = {self.rank}: its layers take no adapters"
+            found.append(Problem("moe.backend", what, "use moe.backend custom"))
+        if moe.router == "sigmoid" and moe.bias_update_rate:
+            what = f"{moe.bias_update_rate:g} with lora.rank = {self.rank}, which leaves the model as it is"
+            found.append(Problem("moe.bias_update_rate", what, "choose 0"))
+        return found
 
 
 @dataclass(frozen=True)

@@ -261,7 +261,7 @@ class MultimodalConfig(RunConfig):
         if moe.router == "hash" and any(part == "fusion" for part, _ in self._expert_stacks()):
             what = "hash with experts in the fusion: patches of images have no token ids"
             found.append(Problem("moe.router", what, "choose another router, or model.experts_in text"))
-        return found + self.lora.router_problems(moe)
+        return found + self.lora.moe_problems(moe)
 
     def _data_problems(self) -> list[Problem]:
         model, data, found = self.model, self.data, []

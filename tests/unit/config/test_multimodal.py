@@ -68,6 +68,7 @@ def test_what_was_filled_in_is_read_back() -> None:
         ({"moe": MoEConfig(router="hash")}, "moe.router", "no token ids"),
         ({"moe": MoEConfig(every=9)}, "moe.every", "no layer is sparse"),
         ({"moe": MoEConfig(router="sigmoid"), "lora": LoRAConfig(rank=2)}, "moe.bias_update_rate", "choose 0"),
+        ({"moe": MoEConfig(backend="deepspeed"), "lora": LoRAConfig(rank=2)}, "moe.backend", "moe.backend custom"),
         ({"lora": LoRAConfig(rank=2, targets=())}, "lora.targets", "name linear layers"),
         ({"moe": MoEConfig(enabled=False, dense_size="total", every=3)}, "moe.dense_size", "does not divide"),
     ],
