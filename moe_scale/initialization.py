@@ -41,8 +41,8 @@ class Init:
         generator = torch.Generator(device=tensor.device)
         generator.manual_seed(int.from_bytes(digest, "little") & (2**63 - 1))
         std *= self.gain
-        # Drawn in fp32, so that the values agree between precisions up to rounding. Not by torch.empty: zero.Init makes it
-        # give bf16 whatever it is asked for, and a draw in bf16 is a coarse one.
+        # Drawn in fp32, so that the values agree between precisions up to rounding. Not by torch.empty: zero.Init makes
+        # it give bf16 whatever it is asked for, and a draw in bf16 is a coarse one.
         draw = torch.empty_like(tensor, dtype=torch.float32, memory_format=torch.contiguous_format)
         torch.nn.init.trunc_normal_(draw, std=std, a=-3 * std, b=3 * std, generator=generator)
         with torch.no_grad():

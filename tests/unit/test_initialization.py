@@ -22,7 +22,7 @@ def test_a_weight_follows_from_seed_and_path_alone() -> None:
 
 
 def test_a_bf16_weight_is_the_fp32_one_rounded_inside_zero_init_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """There ``torch.empty`` gives bf16 whatever it is asked for; a draw in bf16 differs in rare elements, by deviations."""
+    """There ``torch.empty`` gives bf16 whatever it is asked for; a draw in bf16 is another in rare elements."""
     expected = Init(3, "experts").normal_(torch.empty(512, 512), 0.1).bfloat16()
     weight = torch.empty(512, 512, dtype=torch.bfloat16)
     empty = torch.empty
