@@ -106,8 +106,10 @@ def _shape_problems(path: Path, shapes: dict[str, tuple[int, ...]], mine: dict[s
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return content
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, dict):
+            return content
+        what = f"{path} is not a JSON object"
     except FileNotFoundError:
         what = f"{path.parent} has no {path.name}"
     except OSError as error:
@@ -122,7 +124,11 @@ def _tensors(path: Path) -> dict[str, tuple[Path, str, tuple[int, ...]]]:
     """File, key and shape of each tensor of the folder, by the name that it has here."""
     names = [WEIGHTS]
     if not (path / WEIGHTS).exists() and (path / INDEX).exists():
-        names = sorted(set(_read_json(path / INDEX)["weight_map"].values()))
+        where = _read_json(path / INDEX).get("weight_map")
+        if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
+            what = f"{path / INDEX} has no weight_map of tensors and files"
+            raise ConfigError(Problem("model.vit_weights", what, this_host_only=True))
+        names = sorted(set(where.values()))
     found = {}
     for file in (path / name for name in names):
         try:

@@ -6,7 +6,8 @@ Shape suffixes: H height, W width, C colours.
 from __future__ import annotations
 
 import io
-from pathlib import Path
+import os
+import stat
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -35,7 +36,10 @@ def read_bytes(place: Place) -> bytes:
         UnreadableImageError: when the file is missing, too large, or shorter than its archive says.
     """
     try:
-        size = place.size if place.size >= 0 else Path(place.name).stat().st_size
+        about = os.stat(place.name)
+        if not stat.S_ISREG(about.st_mode):  # opening a pipe would wait for whoever writes to it
+            raise UnreadableImageError("image file that cannot be read", "not a regular file")
+        size = place.size if place.size >= 0 else about.st_size
         if size > MAX_BYTES:
             raise UnreadableImageError("image file too large", f"{size:,} bytes")
         with open(place.name, "rb") as file:

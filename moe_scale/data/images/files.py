@@ -16,7 +16,7 @@ from typing import Any
 
 from moe_scale.config import ImageTextDataConfig
 from moe_scale.data.examples.files import read_records
-from moe_scale.data.images.record import ImageTextReport, Place, Record, Text, cleaned
+from moe_scale.data.images.record import ImageTextReport, Place, Record, Text, cleaned, is_unicode
 from moe_scale.errors import ConfigError, Problem
 
 METADATA = ("metadata.jsonl", "metadata.jsonl.gz")
@@ -38,6 +38,9 @@ def captions_of(value: object, language: str, where: str, report: ImageTextRepor
     """The captions that a JSON value holds: text, a list, or an object of either for each language."""
     if isinstance(value, dict):
         return [text for code, own in value.items() for text in captions_of(own, str(code), where, report)]
+    if not language.strip() or not is_unicode(language):
+        report.skip("no language code", where, repr(language))
+        return []
     values = value if isinstance(value, list) else [value]
     found = (cleaned(where, one, report) for one in values)
     return [Text(language, text) for text in found if text]
@@ -56,12 +59,22 @@ def jsonl_records(
         name = line.get(config.image_field)
         if lacking:
             report.skip("missing field", where, ", ".join(lacking))
-        elif not isinstance(name, str) or not name or "\0" in name:
+        elif not _is_name(name):
             report.skip("no name of an image file", where)
         else:
             language = line.get("language") if isinstance(line.get("language"), str) else config.caption_language
             texts = captions_of(line[config.caption_field], str(language), where, report)
-            yield Record(where, Place(str(images / name)), texts, part)
+            yield Record(where, Place(str(images / str(name))), texts, part)
+
+
+def _is_name(name: object) -> bool:
+    """Whether a file can be called so."""
+    return isinstance(name, str) and bool(name) and "\0" not in name and is_unicode(name)
+
+
+def _is_key(identity: object) -> bool:
+    """Whether it can stand for an image or a question: lists and objects cannot."""
+    return isinstance(identity, (int, float, str))
 
 
 def coco_records(
@@ -74,16 +87,21 @@ def coco_records(
     """
     content = load_json(path, "images", "annotations")
     captions: dict[Any, list[Text]] = collections.defaultdict(list)
-    names = {one.get("id"): one.get("file_name") for one in content["images"] if isinstance(one, dict)}
+    names: dict[Any, str] = {}
+    for number, one in enumerate(content["images"], start=1):
+        if isinstance(one, dict) and _is_key(one.get("id")) and _is_name(one.get("file_name")):
+            names[one["id"]] = one["file_name"]
+        else:
+            report.skip("no id and name of an image file", f"{path.name}, image {number}")
     for number, annotation in enumerate(content["annotations"], start=1):
         where = f"{path.name}, annotation {number}"
-        if not isinstance(annotation, dict) or not isinstance(names.get(annotation.get("image_id")), str):
+        identity = annotation.get("image_id") if isinstance(annotation, dict) else None
+        if not _is_key(identity) or identity not in names:
             report.skip("caption of an image that the file does not name", where)
         elif text := cleaned(where, annotation.get("caption"), report):
-            captions[annotation["image_id"]].append(Text(config.caption_language, text))
+            captions[identity].append(Text(config.caption_language, text))
     for identity, name in names.items():
-        if isinstance(name, str):
-            yield Record(f"{path.name}, image {identity}", Place(str(images / name)), captions[identity], part)
+        yield Record(f"{path.name}, image {identity}", Place(str(images / name)), captions[identity], part)
 
 
 def vqa_records(
@@ -100,7 +118,7 @@ def vqa_records(
     given = {
         one["question_id"]: _answers(one)
         for one in load_json(answers, "annotations")["annotations"]
-        if isinstance(one, dict) and "question_id" in one
+        if isinstance(one, dict) and _is_key(one.get("question_id"))
     }
     numbered = numbered_images(images)
     texts: dict[int, list[Text]] = collections.defaultdict(list)
@@ -108,7 +126,7 @@ def vqa_records(
         where = f"{path.name}, question {number}"
         if not isinstance(one, dict) or not isinstance(one.get("image_id"), int):
             report.skip("question without the number of an image", where)
-        elif not given.get(one.get("question_id")):
+        elif not _is_key(one.get("question_id")) or not given.get(one["question_id"]):
             report.skip("question without an answer", where)
         elif one["image_id"] not in numbered:
             report.skip("image file missing", where, f"number {one['image_id']} in {images}")
@@ -122,8 +140,10 @@ def vqa_records(
 def _answers(annotation: dict[str, Any]) -> tuple[str, ...]:
     """The agreed answer, then each person's; none where the form is another."""
     agreed, people = annotation.get("multiple_choice_answer"), annotation.get("answers") or []
+    if not isinstance(people, list):
+        return ()
     each = [one.get("answer") if isinstance(one, dict) else one for one in people]
-    found = [one for one in (agreed, *(each or [agreed])) if isinstance(one, str) and one]
+    found = [one for one in (agreed, *(each or [agreed])) if isinstance(one, str) and one and is_unicode(one)]
     return tuple(found) if len(found) == 1 + (len(each) or 1) else ()
 
 

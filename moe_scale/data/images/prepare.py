@@ -216,7 +216,7 @@ def _build(
         "report": asdict(report),
         "content": content.hexdigest()[:20],
     }
-    (folder / cache.MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
+    (folder / cache.MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     say(f"prepared {config.source}: {report}")
 
 

@@ -111,6 +111,11 @@ class ImageTextReport(SkipReport):
         return "\n".join(lines)
 
 
+def is_unicode(text: str) -> bool:
+    """Whether UTF-8 can spell it: JSON can hold half of a surrogate pair."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def cleaned(where: str, text: object, report: SkipReport) -> str:
     """``text`` tidied; empty, and counted, where it is no text or has nothing in it."""
     if not isinstance(text, str):

@@ -96,7 +96,8 @@ def _record(
             fields = {}
     language = fields["language"] if isinstance(fields.get("language"), str) else config.caption_language
     if ".txt" in members:
-        caption: Any = members[".txt"].decode("utf-8", errors="replace")
+        # What is no UTF-8 becomes half a surrogate pair, which is counted with the captions that JSON spells so.
+        caption: Any = members[".txt"].decode("utf-8", errors="surrogateescape")
     else:
         caption = fields.get(config.caption_field)
     if caption is None:

@@ -144,6 +144,8 @@ def test_what_is_no_vit(folder: Path, tmp_path: Path) -> None:
     given = json.loads((folder / "config.json").read_text())
     (tmp_path / "config.json").write_text("{")
     says("not valid JSON")
+    (tmp_path / "config.json").write_text("[]")
+    says("not a JSON object")
     (tmp_path / "config.json").write_text(json.dumps(given))
     says("has no model.safetensors")
     (tmp_path / "model.safetensors").write_bytes(b"nothing of the kind")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -74,11 +75,13 @@ def test_unreadable_images(content: bytes, reason: str) -> None:
 def test_bytes_of_a_file_and_of_a_part_of_one(tmp_path: Path) -> None:
     path = tmp_path / "a.bin"
     path.write_bytes(b"0123456789")
+    os.mkfifo(tmp_path / "pipe")  # nobody writes to it: whoever opens it waits forever
     assert read_bytes(Place(str(path))) == b"0123456789"
     assert read_bytes(Place(str(path), 2, 3)) == b"234"
     for place, reason in {
         Place(str(tmp_path / "none")): "image file missing",
         Place(str(tmp_path)): "image file that cannot be read",
+        Place(str(tmp_path / "pipe")): "image file that cannot be read",
         Place(str(path), 0, 0): "empty image file",
         Place(str(path), 0, 2**40): "image file too large",
     }.items():

@@ -39,6 +39,9 @@ def test_json_lines(tmp_path: Path) -> None:
         {"image": 7, "caption": "seven"},
         {"caption": "lost"},
         {"image": "g.png", "caption": "\ud800"},
+        {"image": "\ud800.png", "caption": "no file can be called so"},
+        {"image": "h.png", "caption": {"\ud800": "eight", "": "huit"}},
+        {"image": "h.png", "caption": "acht", "language": " "},
     ]
     path = tmp_path / "x.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + "{\n\n")
@@ -52,8 +55,8 @@ def test_json_lines(tmp_path: Path) -> None:
     assert records[0].place is not None
     assert records[0].place.name == str(tmp_path / "a.png")
     assert report.skipped == {
-        "empty text": 1, "not text": 1, "no name of an image file": 1, "missing field": 1, "not valid Unicode": 1,
-        "not JSON": 1, "empty line": 1, "image without a caption": 3,
+        "empty text": 1, "not text": 1, "no name of an image file": 2, "missing field": 1, "not valid Unicode": 1,
+        "no language code": 3, "not JSON": 1, "empty line": 1, "image without a caption": 4,
     }  # fmt: skip
     assert report.examples["empty text"] == ["x.jsonl, line 6"]
 
@@ -118,6 +121,19 @@ def test_coco(tmp_path: Path) -> None:
         read(**given)
 
 
+def test_coco_with_entries_of_another_form(tmp_path: Path) -> None:
+    """They are counted: none ends the run, and none takes the place of what is well formed."""
+    (tmp_path / "c.json").write_text(json.dumps({
+        "images": [{"id": 5, "file_name": "5.jpg"}, {"id": [5], "file_name": "5.jpg"}, {"id": 6, "file_name": "\0"}, 7],
+        "annotations": [{"image_id": 5, "caption": "a dog"}, {"image_id": [5], "caption": "x"}, {"caption": "y"}],
+    }))  # fmt: skip
+    records, report = read(source=str(tmp_path / "c.json"), format="coco", images=str(tmp_path))
+    assert [texts(record) for record in records] == [[("en", "a dog")]]
+    assert report.skipped == {
+        "no id and name of an image file": 3, "caption of an image that the file does not name": 2,
+    }  # fmt: skip
+
+
 def test_vqa(tmp_path: Path) -> None:
     folder = tmp_path / "images"
     folder.mkdir()
@@ -138,6 +154,27 @@ def test_vqa(tmp_path: Path) -> None:
     assert report.skipped == {"question without an answer": 1, "image file missing": 1}
     with pytest.raises(ConfigError, match="has no image whose name ends in a number"):
         read(**given)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"question_id": [1], "multiple_choice_answer": "dog"},
+        {"question_id": 2, "multiple_choice_answer": "dog", "answers": 5},
+        {"question_id": 2, "multiple_choice_answer": "\ud800"},
+    ],
+)
+def test_vqa_with_entries_of_another_form(other: dict[str, Any], tmp_path: Path) -> None:
+    """They are counted, and none ends the run."""
+    (tmp_path / "1.png").touch()
+    questions = [{"image_id": 1, "question_id": number, "question": "What?"} for number in (1, 2, [1])]
+    answers = [{"question_id": 1, "multiple_choice_answer": "cat"}, other]
+    (tmp_path / "q.json").write_text(json.dumps({"questions": questions}))
+    (tmp_path / "a.json").write_text(json.dumps({"annotations": answers}))
+    given = {"source": str(tmp_path / "q.json"), "format": "vqa", "answers": str(tmp_path / "a.json")}
+    (record,), report = read(**given)
+    assert [text.answers for text in record.texts] == [("cat", "cat")]
+    assert report.skipped == {"question without an answer": 2}
 
 
 @pytest.mark.parametrize(
