@@ -98,8 +98,18 @@ def _renamed(stored: StoredRun[Any], family: Family) -> Iterator[tuple[str, Tens
 
 
 def _rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """In the chosen precision, but for selection biases."""
-    return tensor.float() if name.endswith((SELECTION_BIAS, "selection_bias_E")) else tensor.to(dtype)
+    """In the chosen precision, but for selection biases.
+
+    Raises:
+        ConfigError: if a number is too large for it, as some above 65,504 are for float16.
+    """
+    if name.endswith((SELECTION_BIAS, "selection_bias_E")):
+        return tensor.float()
+    rounded = tensor.to(dtype)
+    if bool((rounded.isinf() & tensor.isfinite()).any()):
+        what = f"{name} has numbers up to {float(tensor.abs().max()):,.0f}, which {dtype} does not hold"
+        raise ConfigError(Problem("--dtype", what, "choose bfloat16 or float32"))
+    return rounded
 
 
 def _as_they_are(stored: StoredRun[Any]) -> Iterator[tuple[str, Tensor]]:

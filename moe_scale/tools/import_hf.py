@@ -13,10 +13,12 @@ from torch import Tensor
 from moe_scale.config import LMConfig, TextDataConfig
 from moe_scale.data.tokenizer import load_tokenizer
 from moe_scale.errors import ConfigError, Problem, raise_if
-from moe_scale.models.hf.directory import Directory
+from moe_scale.models.build import build_model
+from moe_scale.models.hf.directory import FLOATS, Directory
 from moe_scale.models.hf.families import FAMILIES
 from moe_scale.models.hf.settings import from_hf
 from moe_scale.models.hf.tensors import Rule, rules
+from moe_scale.settings import to_dict
 from moe_scale.tools.stored_run import LM
 from moe_scale.train.model_folder import copy_of_tokenizer, new_folder, write_model_folder
 
@@ -55,6 +57,7 @@ def run(arguments: argparse.Namespace) -> Path:
     positions = directory.settings.get("max_position_embeddings") or TextDataConfig().seq_len
     config = LMConfig(model=model, moe=moe, data=TextDataConfig(tokenizer=name, seq_len=positions))
     raise_if(config.problems())
+    _require_shapes(directory, found, config)
     write_model_folder(
         target,
         LM.name,
@@ -78,6 +81,21 @@ def _require_names(directory: Directory, found: list[Rule], *, tied: bool) -> No
         if names:
             some = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             raise ConfigError(Problem("source", f"{directory.path} {what} {some}", "", True))
+
+
+def _require_shapes(directory: Directory, found: list[Rule], config: LMConfig) -> None:
+    """Raise unless each tensor, of which the header alone is read, is as large as the settings make it."""
+    model = build_model(LM.name, to_dict(config))  # on the meta device, where rules change shapes alone
+    ours = dict(model.named_parameters()) | dict(model.named_buffers())
+    wrong = []
+    for rule in (rule for rule in found if rule.ours):
+        for name, tensor in zip(rule.theirs, rule.to_theirs([ours[own] for own in rule.ours]), strict=True):
+            said, shape = directory.headers[name], tuple(tensor.shape)
+            if said.shape != shape:
+                wrong.append(f"{name} is {said.shape}, and config.json makes it {shape}")
+            elif said.dtype not in FLOATS:
+                wrong.append(f"{name} is of {said.dtype}, and quantized weights are not read")
+    raise_if([Problem("source", f"{directory.path}: {what}", "", True) for what in wrong[:5]])
 
 
 def _weights(directory: Directory, found: list[Rule]) -> Callable[[str], Tensor]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, NoReturn
 
 from moe_scale.config import LMConfig
-from moe_scale.errors import ConfigError, Problem, StoppedError
+from moe_scale.errors import ConfigError, Problem, StoppedError, raise_if
 from moe_scale.parallel import device as devices
 from moe_scale.parallel.launch import Launch
 from moe_scale.settings import to_yaml
@@ -82,7 +82,17 @@ class Recovery:
             settings = Path(aside) / SETTINGS
             settings.write_text(to_yaml(self.settings(config, "")))
             argv = ["--config", str(settings), *self.argv, "--output_dir", str(folder / RECOVERED)]
-            return prepare_job(load_recipe(self.recipe), argv, launch, devices.detect(), look_at_folder=False)
+            job = prepare_job(load_recipe(self.recipe), argv, launch, devices.detect(), look_at_folder=False)
+        own = [
+            Problem(f"--{name}", f"{value} as a setting of the recovery, which has its own", f"leave it out; {instead}")
+            for name, value, is_own, instead in (
+                ("max_steps", job.config.max_steps, self.steps, "--recover says how many steps"),
+                ("model.pretrained", job.config.model.pretrained, "", "it begins with the pruned model"),
+            )
+            if value != is_own
+        ]
+        raise_if(own)
+        return job
 
     def run(self, config: LMConfig, pretrained: Path, folder: Path) -> Path:
         """Train. Returns the run's folder.

@@ -99,13 +99,20 @@ def write(runs: Sequence[RunData], folder: Path, now: datetime) -> Path:
     return folder / PAGE
 
 
+def _suffixes(runs: Sequence[RunData]) -> list[str]:
+    """What names of pictures of one run end with: its name as far as a file's may have it, and no two alike."""
+    if len(runs) == 1:
+        return [""]
+    plain = ["-" + re.sub(r"[^\w.-]+", "-", run.name) for run in runs]
+    return [name if plain.count(name) == 1 else f"{name}-{n + 1}" for n, name in enumerate(plain)]
+
+
 def _pictures(runs: Sequence[RunData], charts: Sequence[Chart]) -> dict[str, bytes]:
     """All PNGs by their names: one a chart, and two of the layers and experts of each run."""
     source = ", ".join(run.name for run in runs[:4]) + (" ..." if len(runs) > 4 else "")
     source += f" | {facts_line(runs[0])}" if len(runs) == 1 else ""
     found = {f"{chart.name}.png": draw_png(chart, source) for chart in charts if not chart.is_point}
-    for run in runs:
-        suffix = "" if len(runs) == 1 else "-" + re.sub(r"[^\w.-]+", "-", run.name)
+    for run, suffix in zip(runs, _suffixes(runs), strict=True):
         blocks = heat_blocks(run)
         for name, some, what in (
             ("experts", [block for block in blocks if block.palette is AROUND_EVEN], "expert"),

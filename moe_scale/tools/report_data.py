@@ -127,11 +127,20 @@ def _no_run(path: Path) -> Problem | None:
         return Problem("RUN", f"there is no folder {path}", what)
     if (path / METRICS).is_file() or (path / "run.json").is_file():
         return None
+    if problem := holds_runs(path):
+        return problem
+    return Problem("RUN", f"{path} is no run: it has neither {METRICS} nor run.json", what)
+
+
+def holds_runs(path: Path) -> Problem | None:
+    """What to say of a folder that is no run, where runs are in it."""
+    if (path / METRICS).exists() or (path / "run.json").exists():
+        return None
     inside = sorted({found.parent for pattern in ("*", "*/*") for found in path.glob(f"{pattern}/run.json")})
     if inside:
         shown = " ".join(map(str, inside[:3])) + (" ..." if len(inside) > 3 else "")
         return Problem("RUN", f"{path} is no run, but holds {len(inside)}", f"give them: {shown}")
-    return Problem("RUN", f"{path} is no run: it has neither {METRICS} nor run.json", what)
+    return None
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
@@ -212,7 +221,7 @@ class Columns:
             ValueError: if it has no step.
         """
         step = record.get("step")
-        if type(step) is not int or step < 0:
+        if type(step) is not int or not 0 <= step < 1 << 62:
             raise ValueError("no step")
         if isinstance(restored := record.get(RESTORED), int):
             self.restored = restored  # and the rest of it is of that step, repeated

@@ -18,7 +18,7 @@ from moe_scale.errors import ConfigError, Problem
 from moe_scale.telemetry.events import EVENTS
 from moe_scale.telemetry.progress import format_seconds
 from moe_scale.telemetry.terminal import Console
-from moe_scale.tools.report_data import METRICS
+from moe_scale.tools.report_data import METRICS, holds_runs
 from moe_scale.train.finished import read_mark
 
 SPARKS = "▁▂▃▄▅▆▇█"
@@ -46,6 +46,8 @@ class Tail:
                 whole, end, _ = file.read().rpartition(b"\n")
         except FileNotFoundError:
             return [], False
+        except OSError as error:
+            raise ConfigError(Problem("RUN", f"{self.path} cannot be read: {error.strerror}")) from None
         self._place += len(whole) + len(end)
         records = []
         for line in whole.splitlines():
@@ -53,7 +55,7 @@ class Tail:
                 record = json.loads(line)
             except ValueError:
                 continue
-            if isinstance(record, dict):
+            if isinstance(record, dict) and type(record.get("step")) is int:
                 records.append(record)
         return records, afresh
 
@@ -97,11 +99,13 @@ def follow(
         interval_s: seconds between two looks.
 
     Raises:
-        ConfigError: if there is no such folder.
+        ConfigError: if there is no such folder, it holds runs and is none, or its files cannot be read.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
         raise ConfigError(Problem("RUN", f"there is no folder {folder}", "give the output_dir of a run"))
+    if problem := holds_runs(folder):
+        raise ConfigError(problem)
     console = console or Console()
     view = _View(folder, clock)
     try:
@@ -162,7 +166,8 @@ class _View:
     def _read_facts(self) -> None:
         try:
             self._wrote = (self.folder / METRICS).stat().st_mtime
-            self._facts = json.loads((self.folder / "run.json").read_bytes())
+            found = json.loads((self.folder / "run.json").read_bytes())
+            self._facts = found if isinstance(found, dict) else {}
         except (OSError, ValueError):
             self._facts = {}
 

@@ -110,7 +110,7 @@ def facts_line(run: RunData) -> str:
     if facts.get("device"):
         parts.append(f"{facts.get('world_size', 1)} {TIMES} {facts['device']}")
     if isinstance(source, dict) and source.get("commit"):
-        parts.append(f"commit {source['commit'][:9]}" + (" with changes" if source.get("dirty") else ""))
+        parts.append(f"commit {str(source['commit'])[:9]}" + (" with changes" if source.get("dirty") else ""))
     starts = [str(fact["started"]) for fact in (*run.earlier, facts) if fact.get("started")]
     parts += [f"begun {_time(starts[0])}"] if starts else []
     return " · ".join(filter(None, parts))
@@ -190,7 +190,7 @@ def _summary(run: RunData, now: datetime) -> dict[str, Any]:
         "facts": facts_line(run),
         "figures": figures(run),
         "notes": run.notes,
-        "command": " ".join(map(str, run.facts.get("command") or [])),
+        "command": " ".join(map(str, command)) if isinstance(command := run.facts.get("command"), list) else "",
         "events": [_event(event) for event in _told(run.events)],
         "events_left_out": len(run.events) - len(_told(run.events)),
         "starts": differences(starts) if len(starts) > 1 else [],

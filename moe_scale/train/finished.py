@@ -44,7 +44,7 @@ def read_mark(run_dir: Path) -> Mark | None:
     """The mark of a finished run; None where there is none that can be read."""
     try:
         found = json.loads((run_dir / MARK).read_text())
-        return Mark(found["step"], found["stopped_early"], dict(found["scores"]))
+        return Mark(int(found["step"]), bool(found["stopped_early"]), dict(found["scores"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

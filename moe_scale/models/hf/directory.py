@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,18 @@ CONFIG = "config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 4 << 30
 """Bytes of a file of weights, about; one tensor may be larger."""
+
+FLOATS = ("F64", "F32", "BF16", "F16")
+"""Kinds of numbers that weights may have, as safetensors names them; others are quantized."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says of a tensor before it is read: which file, its shape, and its kind of number."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
 
 
 class Directory:
@@ -36,27 +49,27 @@ class Directory:
         self.path, self.where = path, where
         if not (path / CONFIG).is_file():
             raise self._problem(f"{path} has no {CONFIG}", "name a directory that save_pretrained wrote")
-        self._files = dict(self._named())
+        self.headers = dict(self._headers())
 
     @property
     def names(self) -> set[str]:
         """Of all tensors."""
-        return set(self._files)
+        return set(self.headers)
 
     def tensor(self, name: str) -> Tensor:
         """A tensor in the precision that it is stored in."""
         try:
-            with safe_open(self._files[name], framework="pt") as file:
+            with safe_open(self.headers[name].file, framework="pt") as file:
                 found: Tensor = file.get_tensor(name)
                 return found
         except KeyError:
             raise self._problem(f"{self.path} has no tensor {name}", "is it all of one model?") from None
         except (OSError, SafetensorError) as error:
-            raise self._problem(f"{self._files[name]} cannot be read: {error}") from None
+            raise self._problem(f"{self.headers[name].file} cannot be read: {error}") from None
 
     def is_zero(self, name: str) -> bool:
         """Whether a tensor is there and holds nothing but zeros."""
-        return name in self._files and not bool(self.tensor(name).any())
+        return name in self.headers and not bool(self.tensor(name).any())
 
     def equal(self, one: str, other: str) -> bool:
         """Whether two tensors are there and hold the same numbers."""
@@ -70,18 +83,21 @@ class Directory:
         try:
             found: dict[str, Any] = AutoConfig.from_pretrained(self.path, local_files_only=True).to_dict()
         except Exception as error:  # OSError, ValueError, KeyError, and what validators of settings raise
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise self._problem(f"{self.path / CONFIG} cannot be read ({first})") from error
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+            why = " ".join(lines[:2] if lines[0].endswith(":") else lines[:1])  # the second one says what of the field
+            raise self._problem(f"{self.path / CONFIG} cannot be read ({why})") from error
         return found
 
-    def _named(self) -> Iterator[tuple[str, Path]]:
-        """The file of each tensor."""
+    def _headers(self) -> Iterator[tuple[str, Header]]:
+        """Of each tensor what is said of it."""
         names: Iterable[str] = [WEIGHTS]
         index = self.path / INDEX
         if not (self.path / WEIGHTS).exists() and index.exists():
             try:
                 names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            except (OSError, ValueError, KeyError, AttributeError) as error:
+                if wrong := [name for name in names if Path(name).name != name]:
+                    raise ValueError(f"{wrong[0]!r} is no name of a file beside it")
+            except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
                 raise self._problem(f"{index} cannot be read ({error})") from None
         for file in (self.path / name for name in names):
             if not file.is_file():
@@ -90,7 +106,8 @@ class Directory:
             try:
                 with safe_open(file, framework="pt") as opened:
                     for name in opened.keys():  # noqa: SIM118 (it is no mapping)
-                        yield name, file
+                        said = opened.get_slice(name)
+                        yield name, Header(file, tuple(said.get_shape()), str(said.get_dtype()))
             except (OSError, SafetensorError) as error:
                 raise self._problem(f"{file} cannot be read: {error}") from None
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
 
 from moe_scale.config import DecoderConfig, MoEConfig
 from moe_scale.errors import ConfigError, Problem, raise_if
@@ -165,13 +167,14 @@ def from_hf(directory: Directory) -> tuple[Family, DecoderConfig, MoEConfig]:
         raise ConfigError(Problem("model_type", what, f"import one of {', '.join(BY_TYPE)}"))
     raise_if(_without_counterpart(family, theirs))
     width, heads, head_dim = theirs["hidden_size"], theirs["num_attention_heads"], theirs.get("head_dim")
-    model = DecoderConfig(
+    model = _checked(
+        DecoderConfig,
         vocab_size=theirs["vocab_size"],
         num_layers=theirs["num_hidden_layers"],
         d_model=width,
         num_heads=heads,
         num_kv_heads=theirs.get("num_key_value_heads") or heads,
-        head_dim=0 if head_dim in (None, width / heads) else head_dim,
+        head_dim=0 if head_dim is None or head_dim * heads == width else head_dim,
         attention_gate="elementwise" if family.gated else "none",
         qk_norm=family.qk_norm,
         rope_theta=_rope(theirs)["rope_theta"],
@@ -181,9 +184,10 @@ def from_hf(directory: Directory) -> tuple[Family, DecoderConfig, MoEConfig]:
     sparse_layers = _sparse_layers(family, theirs)
     if not sparse_layers:
         # As wide as one expert of one: the width of a dense feed-forward is that of the experts that a token uses.
-        moe = MoEConfig(enabled=False, num_experts=1, top_k=1, intermediate_size=theirs["intermediate_size"])
+        moe = _checked(MoEConfig, enabled=False, num_experts=1, top_k=1, intermediate_size=theirs["intermediate_size"])
     else:
-        moe = MoEConfig(
+        moe = _checked(
+            MoEConfig,
             num_experts=_experts(family, theirs),
             top_k=theirs["num_experts_per_tok"],
             intermediate_size=theirs[family.hidden],
@@ -194,6 +198,22 @@ def from_hf(directory: Directory) -> tuple[Family, DecoderConfig, MoEConfig]:
         )
     raise_if(model.problems("model") + moe.problems("moe") + _moe_misfits(family, theirs, model, moe))
     return family, model, moe
+
+
+C = TypeVar("C", DecoderConfig, MoEConfig)
+
+
+def _checked(kind: type[C], **values: Any) -> C:
+    """The settings.
+
+    Raises:
+        ConfigError: with every value that is none of such a setting, as a number of heads of 0.
+    """
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        what = [(".".join(map(str, one["loc"])), one["input"], one["msg"]) for one in error.errors()]
+        raise ConfigError(Problem(name, f"{value!r} in config.json", said) for name, value, said in what) from None
 
 
 def _without_counterpart(family: Family, theirs: Mapping[str, Any]) -> list[Problem]:
@@ -268,7 +288,8 @@ def _shared_width(family: Family, directory: Directory, sparse_layers: list[int]
         return 0
     if family.shared == "plain":
         return int(theirs["n_shared_experts"] * theirs[family.hidden])
-    if all(directory.is_zero(block + "shared_expert_gate.weight") for block in blocks):
+    gates = [block + "shared_expert_gate.weight" for block in blocks]
+    if all(directory.is_zero(gate) for gate in gates if gate in directory.names):  # what is missing is told elsewhere
         return int(theirs["shared_expert_intermediate_size"])
     what = "is not zero: the shared expert is weighted for each token"
     raise ConfigError(Problem("mlp.shared_expert_gate", what, "here a shared expert is added as it is"))

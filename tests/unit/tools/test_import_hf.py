@@ -21,6 +21,7 @@ from moe_scale.cli import main
 from moe_scale.data.tokenizer import load_tokenizer, write_tokenizer
 from tests.hf import assert_same_model, model_folder, ours, randomized, theirs
 
+K, V = (f"model.layers.0.self_attn.{name}_proj.weight" for name in "kv")
 COMMON = {
     "vocab_size": 260, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
     "intermediate_size": 20, "max_position_embeddings": 96, "bos_token_id": 256, "eos_token_id": 256, "pad_token_id": 0,
@@ -196,6 +197,22 @@ def changed(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
     return apply
 
 
+def set_to(name: str, value: Any) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        config = folder / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {name: value}))
+
+    return apply
+
+
+def indexed(content: str) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        (folder / "model.safetensors").rename(folder / "m.safetensors")
+        (folder / "model.safetensors.index.json").write_text(content)
+
+    return apply
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -207,8 +224,19 @@ def changed(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
         (changed(lambda tensors: tensors.update(bias=torch.zeros(2))), "has a tensor without counterpart: bias"),
         (
             changed(lambda tensors: tensors.update({"model.norm.weight": torch.zeros(2)})),
-            "final_norm.weight is (2,), and the settings make it (24,)",
+            "model.norm.weight is (2,), and config.json makes it (24,)",
         ),
+        # Rows that add up: of v to k, so that both together are as many as they have to be.
+        (
+            changed(lambda t: t.update({K: torch.zeros(16, 24), V: torch.zeros(8, 24)})),
+            f"{K} is (16, 24), and config.json makes it (12, 24)",
+        ),
+        (changed(lambda t: t.update({K: torch.zeros(12, 24, dtype=torch.int8)})), f"{K} is of I8, and quantized"),
+        (set_to("num_attention_heads", 0), "num_heads: 0 in config.json"),
+        (set_to("rms_norm_eps", None), "Field 'rms_norm_eps'"),
+        (indexed("[]"), "model.safetensors.index.json cannot be read"),
+        (indexed('{"weight_map": {"a": 3}}'), "model.safetensors.index.json cannot be read"),
+        (indexed('{"weight_map": {"a": "../theirs/m.safetensors"}}'), "is no name of a file beside it"),
     ],
 )
 def test_a_directory_that_is_not_whole_is_refused(
