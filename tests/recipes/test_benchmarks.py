@@ -15,6 +15,7 @@ from tests.ranks import REPO
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
+@pytest.mark.long
 def test_the_study_of_long_training(tmp_path: Path) -> None:
     """Two of its runs on each text: the record holds their curves, the table their best and last scores."""
     command = [sys.executable, "benchmarks/degradation.py", "--output_dir", str(tmp_path / "study")]

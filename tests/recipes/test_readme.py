@@ -233,6 +233,7 @@ HELD_ELSEWHERE = {
     "python recipes/classifier.py --data.tokenizer encoder --model.embeddings encoder --model.input_size 384 "
     "--model.vocab_size 30522": "test_classifier.py",
     "python recipes/lm_16l.py --resume auto": "test_lm_16l.py",
+    "moe-scale prune runs/lm_16l --compare --output_dir runs/compared": "tools/test_prune.py",
 }
 """Commands whose like another test starts, and where; here they are long."""
 
