@@ -83,6 +83,7 @@ class Recovery:
             settings.write_text(to_yaml(self.settings(config, "")))
             argv = ["--config", str(settings), *self.argv, "--output_dir", str(folder / RECOVERED)]
             job = prepare_job(load_recipe(self.recipe), argv, launch, devices.detect(), look_at_folder=False)
+        assert isinstance(job.config, LMConfig)
         own = [
             Problem(f"--{name}", f"{value} as a setting of the recovery, which has its own", f"leave it out; {instead}")
             for name, value, is_own, instead in (
