@@ -79,12 +79,16 @@ def test_shards(tmp_path: Path) -> None:
         add_member(archive, "a/9.png", encoded(picture(9)))
         add_member(archive, "a/10.PNG", encoded(picture(10)))
         add_member(archive, "a/10.json", b"[]")
+        add_member(archive, "a/11.png", encoded(picture(11)))
+        add_member(archive, "a/11.txt", "elf\u00e4hnlich".encode("latin-1"))
     records, report = read(source=str(tmp_path))
     assert [texts(record) for record in records] == [
         *([("en", f"a picture with the number {n}")] for n in range(3)),
         [("de", "sieben")],
     ]
-    assert report.skipped == {"no image under a name": 1, "image without a caption": 2, "not a JSON object": 1}
+    assert report.skipped == {
+        "no image under a name": 1, "image without a caption": 3, "not a JSON object": 1, "not valid Unicode": 1,
+    }  # fmt: skip
     assert report.examples["no image under a name"] == ["00001.tar, a/8"]
     place = records[3].place
     assert place is not None
