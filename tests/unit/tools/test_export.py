@@ -128,6 +128,18 @@ def test_its_tokenizer_is_ours_and_begins_texts_as_documents_begin(tmp_path: Pat
     assert json.loads((exported / "generation_config.json").read_text()) == {"bos_token_id": 256, "eos_token_id": 256}
 
 
+def test_numbers_too_large_for_float16_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = replace(open_run(str(model_folder(tmp_path / "run", {}, {})), LM).config, model=DecoderConfig(**MODEL))
+    state = dict(DecoderLM(config.model, config.moe, seed=3).named_parameters())
+    state["final_norm.weight"].data[0] = 1e5
+    write_model_folder(tmp_path / "large", "decoder", config, state.__getitem__, origin={})
+    with pytest.raises(SystemExit) as left:
+        export(tmp_path / "large", tmp_path / "exported", "--dtype", "float16")
+    assert left.value.code == 2
+    assert "numbers up to" in capsys.readouterr().err
+    assert not (tmp_path / "exported").exists()
+
+
 def test_several_files_and_half_the_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = model_folder(tmp_path / "run", {}, {})
     monkeypatch.setattr(directory, "SHARD_BYTES", 20_000)

@@ -498,6 +498,31 @@ def test_live_takes_one_run_and_writes_nothing(tmp_path: Path, capsys: pytest.Ca
         assert said in capsys.readouterr().err
     with pytest.raises(ConfigError, match="there is no folder"):
         follow(str(tmp_path / "nowhere"), 1.0)
+    with pytest.raises(ConfigError, match="is no run, but holds 1; give them"):
+        follow(str(tmp_path), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("run.json", "[1]"),
+        ("run.json", '{"settings": 3, "source": {"commit": 5}, "command": "a b"}'),
+        ("finished.json", '{"step": null, "stopped_early": false, "scores": {}}'),
+        ("metrics.jsonl", '{"loss": 1.0}\n{"step": 99999999999999999999, "loss": 1.0}\n{"step": 1, "loss": 1.0}\n'),
+    ],
+)
+def test_files_of_another_form_end_neither_page_nor_view(name: str, content: str, tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    (folder / "events.jsonl").write_text('{"event": "stopped", "step": 1, "time": "", "text": "at last"}\n')
+    (folder / name).write_text(content)
+    assert "<html" in page_of(folder)
+    assert follow(str(folder), 1.0).startswith(str(folder))
+
+
+def test_pictures_of_runs_with_names_alike_do_not_overwrite_each_other(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / "a:b"), write_run(tmp_path / "a-b")]
+    cli.main(["report", *map(str, runs), "--output_dir", str(tmp_path / "out")])
+    assert len(list((tmp_path / "out").glob("experts-a-b-*.png"))) == 2
 
 
 def test_sparks() -> None:
