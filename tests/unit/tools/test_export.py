@@ -129,7 +129,7 @@ def test_its_tokenizer_is_ours_and_begins_texts_as_documents_begin(tmp_path: Pat
 
 
 def test_numbers_too_large_for_float16_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = replace(open_run(str(model_folder(tmp_path / "run", {}, {})), LM).config, model=DecoderConfig(**MODEL))
+    config = open_run(str(model_folder(tmp_path / "run", {}, {})), LM).config
     state = dict(DecoderLM(config.model, config.moe, seed=3).named_parameters())
     state["final_norm.weight"].data[0] = 1e5
     write_model_folder(tmp_path / "large", "decoder", config, state.__getitem__, origin={})

@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 
 from moe_scale.config import LMConfig
+from moe_scale.errors import ConfigError
 from moe_scale.settings import read_settings
 from moe_scale.tools.prune_recover import LOG, SETTINGS, Recovery, RecoveryError
 from moe_scale.train.faults import PreemptedError
+from tests.ranks import REPO
 from tests.unit.checkpoint.builders import small_config
 
 
@@ -39,6 +41,16 @@ def test_a_recovery_has_the_runs_settings_but_for_a_short_ones(tmp_path: Path) -
     assert found.seed != run.seed
     assert found.data == run.data
     assert not Recovery(1, 1, Path("recipes/lm_16l.py")).settings(run, "model").problems()
+
+
+def test_a_number_of_steps_is_no_setting_of_a_recovery(tmp_path: Path) -> None:
+    config = small_config(tmp_path)
+    config = replace(config, data=replace(config.data, tokenizer="bytes"), model=replace(config.model, vocab_size=264))
+    given = ("--deepspeed_config", str(REPO / "ds_configs" / "zero3_cpu_fp32.json"), "--max_steps")
+    recipe = REPO / "recipes" / "lm_16l.py"
+    assert Recovery(2, 1, recipe, (*given, "2")).check(config, tmp_path).config.max_steps == 2
+    with pytest.raises(ConfigError, match="--max_steps: 9 as a setting of the recovery"):
+        Recovery(2, 1, recipe, (*given, "9")).check(config, tmp_path)
 
 
 STUB = """

@@ -85,6 +85,22 @@ def server(run: Path) -> Iterator[Server]:
     made.process.communicate()
 
 
+def test_a_run_with_adapters_answers_as_the_command_line_does(tmp_path: Path) -> None:
+    def adapted(config: LMConfig) -> LMConfig:
+        return replace(longer(config), lora=replace(config.lora, rank=2))
+
+    small_run(tmp_path, "run", adapted)
+    server = started(tmp_path / "run")
+    try:
+        client = server.client()
+        found = client.completions.create(model="run", prompt="one two", max_tokens=6, temperature=0)
+    finally:
+        server.process.kill()
+        server.process.communicate()
+    text = generate("--run", str(server.run), "--prompt", "one two", "--max_tokens", "6", "--temperature", "0")
+    assert found.choices[0].text == text.removesuffix("\n")
+
+
 def test_the_official_client(server: Server) -> None:
     client = server.client()
     assert [model.id for model in client.models.list()] == ["run"]
