@@ -31,6 +31,7 @@ from moe_scale.telemetry.provenance import package_versions, source_state
 from moe_scale.telemetry.terminal import Console
 from moe_scale.tools.arguments import not_negative, positive
 from moe_scale.tools.peers import PEERS, build_peer, peak_extra_bytes
+from moe_scale.tools.tables import markdown
 from moe_scale.tools.verdict import Finding, judge, median_ratio
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -97,8 +98,7 @@ def run(arguments: argparse.Namespace, recipe_argv: list[str] | None = None) -> 
         folder.mkdir(parents=True, exist_ok=True)
         for name, part in (("bench", "rows"), ("verdict", "verdict")):
             (folder / f"{name}.json").write_text(json.dumps(results[part], indent=1) + "\n")
-        lines = [COLUMNS, ["---"] * len(COLUMNS), *map(_cells, rows)]
-        (folder / "bench.md").write_text("".join("| " + " | ".join(line) + " |\n" for line in lines))
+        (folder / "bench.md").write_text(markdown(COLUMNS, [_cells(row) for row in rows]) + "\n")
     _show(rows, findings)
     if arguments.output_dir:
         print(f"wrote bench.json, verdict.json and bench.md to {folder}")

@@ -31,6 +31,7 @@ from moe_scale.telemetry.terminal import Console
 from moe_scale.tools.arguments import positive
 from moe_scale.tools.compare_plot import plot
 from moe_scale.tools.layer_comparison import HUGGING_FACE, LayerShape, compare_layers, hugging_face_problems
+from moe_scale.tools.tables import markdown
 from moe_scale.train.loop import train
 from moe_scale.train.recipe import Job, Recipe, prepare_job
 
@@ -263,10 +264,10 @@ def write_report(rows: list[Row], folder: Path) -> None:
     (folder / "compare.json").write_text(json.dumps(rows, indent=1) + "\n")
     cells = [[row["variant"], *(_cell(row, key) for key in COLUMNS)] for row in rows]
     header = ["variant", *(title for title, _ in COLUMNS.values())]
-    lines = [header, ["---"] * len(header), *cells]
-    text = "".join("| " + " | ".join(line) + " |\n" for line in lines)
     notes = _notes(rows)
-    (folder / "compare.md").write_text(f"{text}\n{notes}\n\n![Loss, load, time of a layer](compare.png)\n")
+    (folder / "compare.md").write_text(
+        f"{markdown(header, cells)}\n\n{notes}\n\n![Loss, load, time of a layer](compare.png)\n"
+    )
     plot(rows, folder / "compare.png")
     table = Table(*(Column(title, overflow="fold") for title in header))
     for line in cells:

@@ -24,6 +24,7 @@ from moe_scale.telemetry.terminal import Console
 from moe_scale.tools.arguments import not_negative, positive
 from moe_scale.tools.expert_plots import plot_groups, plot_load
 from moe_scale.tools.stored_run import TRANSLATION, StoredRun, open_run
+from moe_scale.tools.tables import markdown
 
 CLASSES = ("frequent", "rare", "punctuation", "digits", "tags and ends")
 CHOICES = ("language", "direction", "token class")
@@ -183,9 +184,7 @@ def _title(facts: dict[str, Any]) -> str:
 
 
 def _markdown(rows: list[list[str]], facts: dict[str, Any]) -> str:
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    lines += ["| " + " | ".join(row) + " |" for row in rows]
-    return f"{_title(facts)}, commit {facts['commit']}\n\n" + "\n".join(lines) + "\n"
+    return f"{_title(facts)}, commit {facts['commit']}\n\n{markdown(COLUMNS, rows)}\n"
 
 
 def _record(usage: dict[str, LayerUsage]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from moe_scale.telemetry.provenance import write_atomically
 from moe_scale.telemetry.records import finite
 from moe_scale.telemetry.terminal import Console
 from moe_scale.tools.prune_choice import Choice, Method
+from moe_scale.tools.tables import markdown
 
 FULL = "all experts"
 """Name of the row of the model that was pruned."""
@@ -121,10 +122,8 @@ def write_report(rows: Sequence[Row], facts: Mapping[str, Any], folder: Path) ->
     header, cells = table_of(rows, facts["recovery_steps"])
     notes = _notes(rows, facts)
     content = finite({**facts, "notes": notes, "models": [_plain(row) for row in rows]})
-    lines = [header, ["---"] * len(header), *cells]
-    markdown = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     how = f"`{facts['command']}`, commit {facts['commit']}."
-    text = "\n\n".join([f"# {_title(rows, facts)}", markdown, *notes, how]) + "\n"
+    text = "\n\n".join([f"# {_title(rows, facts)}", markdown(header, cells), *notes, how]) + "\n"
     try:
         write_atomically(folder / "prune.json", json.dumps(content, indent=1).encode() + b"\n")
         write_atomically(folder / "prune.md", text.encode())

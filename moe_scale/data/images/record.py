@@ -121,11 +121,9 @@ def cleaned(where: str, text: object, report: SkipReport) -> str:
     if not isinstance(text, str):
         report.skip("not text", where, type(text).__name__)
         return ""
-    try:
-        found = clean(text)
-    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair, which no UTF-8 can
+    if not is_unicode(text):
         report.skip("not valid Unicode", where)
         return ""
-    if not found:
+    if not (found := clean(text)):
         report.skip("empty text", where)
     return found
