@@ -254,7 +254,7 @@ def _metavar(annotation: Any) -> str:
     if typing.get_origin(annotation) is Literal:
         return "{" + ",".join(map(str, typing.get_args(annotation))) + "}"
     if typing.get_origin(annotation) is tuple:
-        return "TEXT"
+        annotation = typing.get_args(annotation)[0]
     if isinstance(annotation, types.UnionType):
         annotation = typing.get_args(annotation)[0]
     return {int: "INT", float: "FLOAT", bool: "{true,false}", str: "TEXT"}.get(annotation, "VALUE")
@@ -327,19 +327,29 @@ def _validate(config_class: type[C], defaults: Nested, nested: Nested) -> tuple[
         return adapter.validate_python(nested), []
     except ValidationError as error:
         problems = []
-        paths = {leaf.path for leaf in leaves(config_class)}
+        annotations = {leaf.path: leaf.annotation for leaf in leaves(config_class)}
         for item in error.errors():
             loc = [str(part) for part in item["loc"]]
-            path = next((p for p in (".".join(loc), ".".join(loc[:-1])) if p in paths), None)  # the second: of a list
+            path = next(
+                (p for p in (".".join(loc), ".".join(loc[:-1])) if p in annotations), None
+            )  # the second: of a list
             if path is None:
                 raise  # not a user's value but a recipe's own: _known_settings lets no other name through
             allowed = (
-                _ALLOWED.get(item["type"])
+                _number_of_values(annotations[path], item["type"])
+                or _ALLOWED.get(item["type"])
                 or item["msg"].removeprefix("Input ").removeprefix("Value error, ").split(", unable to")[0]
             )
             problems.append(Problem(path, _quote(item["input"]), allowed))
             _set(nested, path, _lookup(defaults, path, _REMOVE))
         return adapter.validate_python(nested), list(dict.fromkeys(problems))
+
+
+def _number_of_values(annotation: Any, error: str) -> str | None:
+    """What a list of a fixed length should have been, if its length is the error."""
+    if typing.get_origin(annotation) is not tuple or Ellipsis in typing.get_args(annotation):
+        return None
+    return f"give {len(typing.get_args(annotation))} values" if error in ("missing", "too_long") else None
 
 
 _REMOVE = object()

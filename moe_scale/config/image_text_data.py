@@ -28,7 +28,7 @@ SAMPLE_LANGUAGES, SAMPLE_UNSEEN = ("en", "de", "es", "fr", "it"), ("pt", "ru")
 GLUE_CLASSES = {"cola": 2, "sst2": 2, "mrpc": 2, "qqp": 2, "mnli": 3, "qnli": 2, "rte": 2, "wnli": 2, "stsb": 1}
 """Outputs that a GLUE task takes: its classes, or the one score of STS-B."""
 
-_LANGUAGE = re.compile(r"[a-z]{2,3}")
+_LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8})*")  # BCP 47 without extensions: en, pt-BR, zh-Hant-TW
 _MOST_PIXELS = 89_478_485  # Pillow warns of larger images, and refuses those of twice as many
 
 Channels = tuple[float, float, float]
@@ -223,12 +223,14 @@ class ImageTextDataConfig(Strict):
         for name in ("languages", "unseen_languages"):
             codes = getattr(self, name)
             found += [
-                (name, repr(code), "write language codes, as en") for code in codes if not _LANGUAGE.fullmatch(code)
+                (name, repr(code), "write language codes, as en or pt-BR")
+                for code in codes
+                if not _LANGUAGE.fullmatch(code)
             ]
             repeated = [code for code, same in itertools.groupby(sorted(codes)) if len(list(same)) > 1]
             found += [(name, f"{code} is named twice", "name it once") for code in repeated]
         if not _LANGUAGE.fullmatch(self.caption_language):
-            found.append(("caption_language", repr(self.caption_language), "write a language code, as en"))
+            found.append(("caption_language", repr(self.caption_language), "write a language code, as en or pt-BR"))
         both = sorted(set(self.languages) & set(self.unseen_languages))
         if both:
             what = f"{', '.join(both)}, to be trained on as well"

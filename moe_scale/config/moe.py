@@ -109,7 +109,7 @@ class MoEConfig(Strict):
                 Problem(
                     f"{where}.top_k",
                     f"{self.top_k} > {where}.num_experts = {self.num_experts}",
-                    f"choose 1 to {self.num_experts}",
+                    f"choose {'1' if self.num_experts == 1 else f'1 to {self.num_experts}'}",
                 )
             )
         if self.ep_size and self.num_experts % self.ep_size:

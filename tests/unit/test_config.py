@@ -37,6 +37,7 @@ def test_defaults_have_no_problems() -> None:
     ("changes", "expected"),
     [
         ({"top_k": 9, "num_experts": 8}, ["moe.top_k: 9 > moe.num_experts = 8; choose 1 to 8"]),
+        ({"top_k": 2, "num_experts": 1}, ["moe.top_k: 2 > moe.num_experts = 1; choose 1"]),
         ({"top_k": 8, "num_experts": 8}, []),
         ({"top_k": 1, "num_experts": 1}, []),
         (

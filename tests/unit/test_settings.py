@@ -13,7 +13,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moe_scale.config import SCALES, ClassifierConfig, LMConfig, Scale
+from moe_scale.config import SCALES, ClassifierConfig, LMConfig, MultimodalConfig, Scale
 from moe_scale.settings import Settings, leaves, read_settings, to_dict, to_yaml
 
 DEFAULTS: dict[Scale, dict[str, Any]] = {
@@ -243,6 +243,12 @@ def test_null_is_no_text(tmp_path: Path) -> None:
     assert problems(yaml_text="eval: {prompt: null}", folder=tmp_path) == ["eval.prompt: None; should be text"]
     assert read(yaml_text="eval: {prompt: 'null'}", folder=tmp_path).config.eval.prompt == "null"
     assert read("--eval.prompt", "").config.eval.prompt == ""
+
+
+@pytest.mark.parametrize("values", [[], ["0.5"], ["0.5"] * 2, ["0.5"] * 4])
+def test_lists_of_a_fixed_length(values: list[str]) -> None:
+    settings = read_settings(MultimodalConfig, {"cpu": {}}, ["--data.mean", *values], machine_scale="cpu", recipe="r")
+    assert [str(problem) for problem in settings.problems] == [f"data.mean: {values}; give 3 values"]
 
 
 def test_lists(tmp_path: Path) -> None:

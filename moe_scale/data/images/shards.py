@@ -20,6 +20,7 @@ from moe_scale.data.images.record import ImageTextReport, Place, Record
 
 _LONGEST_TEXT = 2**20  # bytes of a caption's file
 _TEXT_SUFFIXES = (".txt", ".json")
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
 def shard_files(path: Path) -> list[Path]:
@@ -27,6 +28,13 @@ def shard_files(path: Path) -> list[Path]:
     if path.is_dir():
         return sorted(file for file in path.rglob("*.tar") if file.is_file())
     return [path] if path.is_file() else []
+
+
+def compression(file: Path) -> str | None:
+    """What a file is compressed with, by its first bytes; None for one that is not."""
+    with open(file, "rb") as opened:
+        begin = opened.read(6)
+    return next((name for magic, name in _COMPRESSED.items() if begin.startswith(magic)), None)
 
 
 def shard_records(path: Path, part: str, config: ImageTextDataConfig, report: ImageTextReport) -> Iterator[Record]:

@@ -48,9 +48,9 @@ def check_image_text(config: ImageTextDataConfig) -> list[Problem]:
             setting = "data.images" if name == "data.source" else "data.heldout_images"
             what = f"{images} is not a folder" if images.exists() else f"{images} does not exist"
             found.append(Problem(setting, what, "name the folder of the image files", True))
-        if kind == "vqa":
-            setting = "data.answers" if name == "data.source" else "data.heldout_answers"
-            found += _readable(setting, answers)
+        named = config.answers if name == "data.source" else config.heldout_answers
+        if kind == "vqa" and named:  # that none is named, the settings' own checks say
+            found += _readable("data.answers" if name == "data.source" else "data.heldout_answers", answers)
     return found
 
 
@@ -133,7 +133,10 @@ def _path_problems(where: str, path: Path, kind: str, config: ImageTextDataConfi
         tars = shards.shard_files(path)
         if not tars:
             return [Problem(where, f"{path} has no .tar file", ALLOWED, True)]
-        return [problem for one in tars for problem in _readable(where, one)]
+        if found := [problem for one in tars for problem in _readable(where, one)]:
+            return found
+        how = shards.compression(tars[0])
+        return [Problem(where, f"{tars[0]} is compressed ({how})", "unpack it to a plain .tar", True)] if how else []
     own = files.metadata_file(path) if kind == "jsonl" else path
     if own != path and not own.is_file():
         return [Problem(where, f"{path} has neither {' nor '.join(files.METADATA)} nor a .tar file", ALLOWED, True)]
@@ -141,6 +144,8 @@ def _path_problems(where: str, path: Path, kind: str, config: ImageTextDataConfi
         return found
     if kind != "jsonl":
         return []
+    if where == "data.source" and config.format == "auto" and own.name.lower().endswith(".json"):
+        return []  # the settings' own checks ask which kind of it this is
     if not own.name.lower().endswith((".jsonl", ".jsonl.gz")):
         return [Problem(where, f"{path} is of no supported kind", ALLOWED, True)]
     return _field_problems(where, own, config)

@@ -23,6 +23,7 @@ def found(**given: Any) -> list[str]:
         {"source": "captions.json", "format": "coco", "images": "train2017", "test_fraction": 0.0, "heldout": "v.json"},
         {"source": "q.json", "format": "vqa", "answers": "a.json", "num_answers": 10},
         {"languages": ("en", "pt"), "unseen_languages": ("ru",)},
+        {"source": "a.jsonl", "languages": ("pt-BR", "zh-Hant-TW"), "caption_language": "en-US"},
     ],
 )  # fmt: skip
 def test_settings_that_fit_together(given: dict[str, Any]) -> None:
@@ -43,9 +44,9 @@ def test_settings_that_fit_together(given: dict[str, Any]) -> None:
         ({"source": "x.tar", "images": "y"},
          "data.images: y with data.source = x.tar; leave it out; it is for a .jsonl or .json file"),
         ({"heldout_images": "y"}, "data.heldout_images: y without data.heldout; set data.heldout"),
-        ({"languages": ("EN",)}, "data.languages: 'EN'; write language codes, as en"),
+        ({"languages": ("EN",)}, "data.languages: 'EN'; write language codes, as en or pt-BR"),
         ({"languages": ("en", "en")}, "data.languages: en is named twice; name it once"),
-        ({"caption_language": "english"}, "data.caption_language: 'english'; write a language code, as en"),
+        ({"caption_language": "english"}, "data.caption_language: 'english'; write a language code, as en or pt-BR"),
         ({"languages": ("en", "ru"), "unseen_languages": ("ru",)},
          "data.unseen_languages: ru, to be trained on as well; name a language in one of the two"),
         ({"valid_fraction": 0.0}, "data.valid_fraction: 0 leaves nothing to evaluate on; choose more than 0"),

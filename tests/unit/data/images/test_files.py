@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
+import lzma
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +192,7 @@ def test_vqa_with_entries_of_another_form(other: dict[str, Any], tmp_path: Path)
         ({"source": "{tmp}"}, "data.source", "has neither metadata.jsonl nor metadata.jsonl.gz nor a .tar file"),
         ({"source": "{tmp}", "format": "shards"}, "data.source", "has no .tar file"),
         ({"source": "{tmp}/a.txt"}, "data.source", "a.txt is of no supported kind"),
+        ({"source": "{tmp}/a.json", "format": "jsonl"}, "data.source", "a.json is of no supported kind"),
         ({"source": "{tmp}/empty.jsonl"}, "data.source", "has no record"),
         ({"source": "{tmp}/a.jsonl", "images": "{tmp}/none"}, "data.images", "does not exist"),
         ({"source": "{tmp}/a.jsonl", "image_field": "file"}, "data.image_field", "has no field 'file'"),
@@ -209,6 +214,24 @@ def test_what_is_wrong_is_told_before_anything_is_read(
     problem = check_image_text(ImageTextDataConfig(**given))[0]
     assert problem.where == where
     assert what in problem.what
+
+
+@pytest.mark.parametrize(("compress", "how"), [(gzip.compress, "gzip"), (bz2.compress, "bzip2"), (lzma.compress, "xz")])
+def test_a_compressed_shard_is_told_from_a_damaged_one(
+    compress: Callable[[bytes], bytes], how: str, tmp_path: Path
+) -> None:
+    (tmp_path / "a.tar").write_bytes(compress(bytes(1024)))
+    (problem,) = check_image_text(ImageTextDataConfig(source=str(tmp_path)))
+    assert str(problem) == f"data.source: {tmp_path}/a.tar is compressed ({how}); unpack it to a plain .tar"
+
+
+@pytest.mark.parametrize("given", [{}, {"format": "vqa"}])
+def test_what_settings_say_of_themselves_is_not_said_again(given: dict[str, Any], tmp_path: Path) -> None:
+    """A .json file of either kind, and questions without answers, are the settings' own problems."""
+    (tmp_path / "a.json").write_text("{}")
+    config = ImageTextDataConfig(source=str(tmp_path / "a.json"), **given)
+    assert len(config.problems("data")) == 1
+    assert check_image_text(config) == []
 
 
 def test_glue_pairs_scores_and_both_sets_of_mnli(monkeypatch: pytest.MonkeyPatch) -> None:
