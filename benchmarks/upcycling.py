@@ -3,14 +3,17 @@
     python benchmarks/upcycling.py --output_dir runs/upcycling
 
 A dense model is trained; then it, two upcycled ones and one that is drawn anew with experts each train on as many
-tokens, the same in the same order; and the dense one once more, for as many FLOPs as the larger upcycled one. Ended and
-started again, it goes on where it was.
+tokens, the same in the same order; and the dense one once more, for as many FLOPs as the larger upcycled one. All of
+that for each of several seeds, of weights and order, so that a difference can be held against what another seed
+changes. Ended and started again, it goes on where it was.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ import torch.distributed as dist
 from moe_scale.cli import main as moe_scale
 from moe_scale.telemetry.quiet import quiet
 from moe_scale.tools.sweep_report import read_records
+from moe_scale.tools.tables import markdown
 from moe_scale.train.loop import train
 from moe_scale.train.recipe import prepare_job
 from recipes.lm_16l import RECIPE
@@ -69,11 +73,11 @@ def figures(folder: Path) -> dict[str, Any]:
     return {"first_loss": losses[0], "heldout": heldout, "flops": flops[-1]}
 
 
-def measure(output_dir: Path, steps: tuple[int, int]) -> dict[str, Any]:
-    """Train everything. Returns the figures of each continuation, and of the dense model before it."""
+def measure(output_dir: Path, steps: tuple[int, int], seed: int) -> dict[str, Any]:
+    """Train everything from one seed. Returns the figures of each continuation, and of the dense model before it."""
     dense = output_dir / "dense"
-    run(dense, MODEL | DENSE | {"max_steps": steps[0], "optim.lr": 2e-3})
-    on = MODEL | {"max_steps": steps[1], "optim.lr": 1e-3, "seed": 1}
+    run(dense, MODEL | DENSE | {"max_steps": steps[0], "optim.lr": 2e-3, "seed": 2 * seed})
+    on = MODEL | {"max_steps": steps[1], "optim.lr": 1e-3, "seed": 2 * seed + 1}
     experts = {"moe.num_experts": 8, "moe.top_k": 2, "moe.intermediate_size": 256}
     found = {"before": figures(dense)}
     for number, (name, made) in enumerate(UPCYCLED.items()):
@@ -92,20 +96,46 @@ def measure(output_dir: Path, steps: tuple[int, int]) -> dict[str, Any]:
     return found
 
 
-def draw(found: dict[str, Any], path: Path) -> None:
-    """Held-out losses over the steps of what goes on from the dense model."""
+def last_loss(found: dict[str, Any]) -> float:
+    return float(list(found["heldout"].values())[-1])
+
+
+def table(seeds: list[dict[str, Any]]) -> str:
+    """Markdown: means over the seeds and their standard deviations, of each last loss and of its distance from that of
+    the dense model of the same seed that went on."""
+    rows = []
+    for name in seeds[0]:
+        losses = [last_loss(found[name]) for found in seeds]
+        apart = [last_loss(found[name]) - last_loss(found[CONTINUED]) for found in seeds]
+        first, flops = (statistics.fmean(found[name][what] for found in seeds) for what in ("first_loss", "flops"))
+        of_losses = f"{statistics.fmean(losses):.4f} ± {spread(losses):.4f}"
+        of_apart = f"{statistics.fmean(apart):+.4f} ± {spread(apart):.4f}" if name not in ("before", CONTINUED) else ""
+        rows.append([name, f"{first:.4f}", of_losses, of_apart, f"{flops:.3g}"])
+    return markdown(["", "first loss", "held-out loss", "against dense", "FLOPs"], rows)
+
+
+def spread(values: list[float]) -> float:
+    """The standard deviation of a sample; that of one value is not known."""
+    return statistics.stdev(values) if len(values) > 1 else math.nan
+
+
+def draw(seeds: list[dict[str, Any]], path: Path) -> None:
+    """Held-out losses over the steps of what goes on from the dense model: the mean over the seeds, and their range."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
-    axes.axhline(list(found["before"]["heldout"].values())[-1], color="grey", linewidth=0.8, label="dense, before")
-    for name, values in found.items():
-        if name not in ("before", DRAWN):
-            axes.plot(
-                [int(step) for step in values["heldout"]], list(values["heldout"].values()), label=name, marker="o"
-            )
+    before = statistics.fmean(last_loss(found["before"]) for found in seeds)
+    axes.axhline(before, color="grey", linewidth=0.8, label="dense, before")
+    for name in seeds[0]:
+        if name in ("before", DRAWN):
+            continue
+        steps = [int(step) for step in seeds[0][name]["heldout"]]
+        curves = list(zip(*(found[name]["heldout"].values() for found in seeds), strict=True))
+        (line,) = axes.plot(steps, [statistics.fmean(values) for values in curves], label=name, marker="o")
+        axes.fill_between(steps, list(map(min, curves)), list(map(max, curves)), color=line.get_color(), alpha=0.15)
     axes.set(xlabel="steps, of the same tokens", ylabel="held-out loss, nats a byte", title="From the dense model on")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
@@ -119,15 +149,14 @@ def main() -> None:
     parser.add_argument(
         "--steps", type=int, nargs=2, default=(400, 300), help="of the dense model, and of what goes on [%(default)s]"
     )
+    parser.add_argument("--seeds", type=int, default=5, help="how many times all is trained [%(default)s]")
     arguments = parser.parse_args()
     quiet()
     folder = Path(arguments.output_dir)
-    found = measure(folder, tuple(arguments.steps))
-    (folder / "upcycling.json").write_text(json.dumps(found, indent=1) + "\n")
-    draw(found, folder / "upcycling.png")
-    for name, values in found.items():
-        last = list(values["heldout"].values())[-1]
-        print(f"{name:40} first loss {values['first_loss']:.4f}  held-out {last:.4f}  {values['flops']:.3g} FLOPs")
+    seeds = [measure(folder / f"seed-{n}", tuple(arguments.steps), n) for n in range(arguments.seeds)]
+    (folder / "upcycling.json").write_text(json.dumps(seeds, indent=1) + "\n")
+    draw(seeds, folder / "upcycling.png")
+    print(table(seeds))
     dist.destroy_process_group()
 
 
