@@ -11,7 +11,7 @@ from moe_scale.train.evaluation import restore_best
 from moe_scale.train.finished import MARK, NOT_WRITTEN, Mark, write_mark
 
 if TYPE_CHECKING:
-    from moe_scale.train.loop import Run
+    from moe_scale.train.run import Run
 
 
 def end(run: Run) -> None:

@@ -14,7 +14,7 @@ from moe_scale.train import checkpoint, snapshot
 from moe_scale.train.optim import part_of
 
 if TYPE_CHECKING:
-    from moe_scale.train.loop import Run
+    from moe_scale.train.run import Run
 
 Way = Literal["lower", "higher"]
 """Which scores are better."""

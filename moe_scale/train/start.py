@@ -31,7 +31,7 @@ from moe_scale.train.preflight import Preflight
 from moe_scale.train.recipe import Job
 
 if TYPE_CHECKING:
-    from moe_scale.train.loop import Run
+    from moe_scale.train.run import Run
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from moe_scale.parallel.collectives import mean_over_ranks, sum_over_ranks
 from moe_scale.parallel.groups import ParallelGroups
 from moe_scale.telemetry.quiet import quiet
 from moe_scale.train import loop
+from moe_scale.train import step as train_step
 from moe_scale.train.recipe import prepare_job
 from recipes.lm_16l import RECIPE
 
@@ -83,10 +84,10 @@ def train_recorded(argvs: list[list[str]]) -> list[dict[str, Any]]:
         agree = all(map(same_on_all_ranks, biases))
         seen.append({"biases": [b.tolist() for b in biases], "types": types, "weights": weights, "agree": agree})
 
-    loop.update_selection_biases = recording
+    train_step.update_selection_biases = recording
     for argv in argvs:
         loop.train(prepare_job(RECIPE, argv))
-    loop.update_selection_biases = update_selection_biases
+    train_step.update_selection_biases = update_selection_biases
     return seen
 
 

@@ -24,6 +24,7 @@ from moe_scale.errors import ConfigError, StoppedError
 from moe_scale.parallel import zero_state
 from moe_scale.telemetry.quiet import quiet
 from moe_scale.train import loop, snapshot
+from moe_scale.train import step as train_step
 from moe_scale.train.language_model import LanguageModelTask
 from moe_scale.train.recipe import exit_codes, prepare_job
 from recipes.lm_16l import RECIPE
@@ -102,7 +103,7 @@ def watched_skip(changed: list[str]) -> Any:
 def run_case(argv: list[str], faults: list[dict[str, Any]]) -> dict[str, Any]:
     changed: list[str] = []
     FaultyTask.faults = [dict(fault) for fault in faults]
-    loop.zero_state = type("Watched", (), {**vars(zero_state), "step_without_update": watched_skip(changed)})
+    train_step.zero_state = type("Watched", (), {**vars(zero_state), "step_without_update": watched_skip(changed)})
     outcome = ""
     try:
         loop.train(prepare_job(dataclasses.replace(RECIPE, task=FaultyTask), argv))
