@@ -50,8 +50,8 @@ RECIPE = Recipe(
     config_class=MultimodalConfig,
     task=MultimodalTask,
     scales={
-        # Emoji are drawn upright, centred and in colours that mean something: cropping and colouring them only hurts, and
-        # 24 pixels hold what 1,600 pictures can teach.
+        # Emoji are drawn upright, centred and in colours that mean something: cropping and colouring them only hurts,
+        # and 24 pixels hold what 1,600 pictures can teach.
         "cpu": {
             "deepspeed_config": f"ds_configs/zero3_cpu{'' if has_fast_bf16_cpu() else '_fp32'}.json",
             "max_steps": 400,

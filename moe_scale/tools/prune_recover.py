@@ -15,9 +15,10 @@ from typing import IO, NoReturn
 
 from moe_scale.config import LMConfig
 from moe_scale.errors import ConfigError, Problem, StoppedError, raise_if
+from moe_scale.models.build import build_model
 from moe_scale.parallel import device as devices
 from moe_scale.parallel.launch import Launch
-from moe_scale.settings import to_yaml
+from moe_scale.settings import to_dict, to_yaml
 from moe_scale.telemetry.provenance import write_atomically
 from moe_scale.tools.compare import load_recipe
 from moe_scale.tools.sweep_run import LAST_LINES, OF_A_LAUNCHER, command
@@ -93,6 +94,7 @@ class Recovery:
             if value != is_own
         ]
         raise_if(own)
+        raise_if(_of_another_model(config, job))
         return job
 
     def run(self, config: LMConfig, pretrained: Path, folder: Path) -> Path:
@@ -121,6 +123,26 @@ class Recovery:
             last = "\n".join(f"    {line}" for line in lines[-LAST_LINES:])
             raise RecoveryError(f"recovery failed with exit code {code}; the end of {folder / LOG}:\n{last}")
         return folder / RECOVERED
+
+
+def _of_another_model(config: LMConfig, job: Job) -> list[Problem]:
+    """The settings of a run that make its weights other ones than those of ``config``."""
+    pruned, given = (
+        {name: tuple(weight.shape) for name, weight in build_model(job.task.model_kind, settings).named_parameters()}
+        for settings in (to_dict(config), to_dict(job.config) | {"lora": {}})
+    )
+    if pruned == given:
+        return []
+    name = next(name for name in [*pruned, *given] if pruned.get(name) != given.get(name))
+    are, would_be = (", ".join(map(str, shapes.get(name, ()))) or "none" for shapes in (pruned, given))
+    changed = [
+        f"--{section}.{setting}"
+        for section in ("model", "moe")
+        for setting, value in to_dict(getattr(job.config, section)).items()
+        if value != getattr(getattr(config, section), setting) and setting not in ("pretrained", "ep_size")
+    ]
+    what = f"the recovery's model would not be the pruned one: its {name} is ({are}) and would be ({would_be})"
+    return [Problem(" ".join(changed), what, "leave out what changes the model")]
 
 
 @contextlib.contextmanager

@@ -53,6 +53,31 @@ def test_a_number_of_steps_is_no_setting_of_a_recovery(tmp_path: Path) -> None:
         Recovery(2, 1, recipe, (*given, "9")).check(config, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("given", "named", "weight"),
+    [
+        (("--model.d_model", "64"), "--model.d_model", "embedding.weight is (264, 16) and would be (264, 64)"),
+        (("--moe.shared_intermediate_size", "8"), "--moe.shared_intermediate_size", "is (none) and would be ("),
+        (("--model.num_layers", "5"), "--model.num_layers", "is (none) and would be ("),
+    ],
+)
+def test_settings_of_another_model_are_no_settings_of_a_recovery(
+    given: tuple[str, ...], named: str, weight: str, tmp_path: Path
+) -> None:
+    config = small_config(tmp_path)
+    config = replace(config, data=replace(config.data, tokenizer="bytes"), model=replace(config.model, vocab_size=264))
+    fp32 = ("--deepspeed_config", str(REPO / "ds_configs" / "zero3_cpu_fp32.json"))
+    recovery = Recovery(2, 1, REPO / "recipes" / "lm_16l.py", (*fp32, *given))
+    with pytest.raises(ConfigError) as caught:
+        recovery.check(config, tmp_path)
+    (problem,) = caught.value.problems
+    assert problem.where == named
+    assert weight in problem.what
+    # What changes no shape is a recovery's to change, and adapters beside the weights are.
+    own = ("--moe.aux_loss_weight", "0.5", "--moe.bias_update_rate", "0", "--lora.rank", "2")
+    assert Recovery(2, 1, recovery.recipe, (*fp32, *own)).check(config, tmp_path).config.lora.rank == 2
+
+
 STUB = """
 import pathlib, signal, sys, time
 here = pathlib.Path(sys.argv[sys.argv.index("--output_dir") + 1]).parent
