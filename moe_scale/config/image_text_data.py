@@ -192,6 +192,9 @@ class ImageTextDataConfig(Strict):
     def _source_problems(self, where: str) -> list[tuple[str, str, str]]:
         found = []
         own = f"with {where}.source = {self.source}"
+        if self.is_glue and not self.num_outputs:  # here, as the planner looks at the settings alone
+            task, known = self.source.removeprefix("glue/"), ", ".join(f"glue/{name}" for name in GLUE_CLASSES)
+            found.append(("source", f"GLUE has no task {task!r}", f"choose one of {known}"))
         if self.is_path and self.format == "auto" and self.source.lower().endswith(".json"):
             found.append(("format", f"auto with {self.source}, which may hold either", "choose coco or vqa"))
         if self.is_path and self.kind == "vqa" and not self.answers:

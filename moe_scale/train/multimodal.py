@@ -30,6 +30,7 @@ from moe_scale.train.multimodal_model import (
     build_text_image,
     keep_all_adapters,
     model_problems,
+    model_remarks,
     vocabulary_of,
 )
 from moe_scale.train.task import Task, unequal_batches
@@ -75,6 +76,9 @@ class MultimodalTask(Task):
         found = check_image_text(self.config.data) + unequal_batches(self.config.moe)
         # A model of settings that do not fit each other cannot be built to look at.
         return found + ([] if self.config.problems() else model_problems(self.config))
+
+    def remarks(self) -> list[str]:
+        return model_remarks(self.config)
 
     def prepare(self, say: Callable[[str], None]) -> None:
         self._prepared(say)

@@ -18,14 +18,19 @@ from moe_scale.moe.placement import placements
 from moe_scale.parallel.zero import set_values
 from moe_scale.train.checkpoint import SETTINGS_THAT_MAY_CHANGE
 
+SHOWN = 8
+"""Settings that a message names, at most."""
+
 _OF_NO_WEIGHT = {
-    "model": (*SETTINGS_THAT_MAY_CHANGE["model"], "pretrained"),
+    "model": (*SETTINGS_THAT_MAY_CHANGE["model"], "pretrained", "goal", "inputs", "num_outputs"),
     "moe": tuple(name for name in SETTINGS_THAT_MAY_CHANGE["moe"] if name != "router_temperature"),
 }
-"""Settings that may differ from those that weights were trained with, and need no mention."""
+"""Settings that may differ from those that weights were trained with, or follow from the data, and need no mention."""
 
 
-def pretrained_problems(where: str, path: str, kind: str, model: nn.Module) -> list[Problem]:
+def pretrained_problems(
+    where: str, path: str, kind: str, model: nn.Module, settings: Mapping[str, Any] | None = None, *, head: str = ""
+) -> list[Problem]:
     """Why a model cannot begin with the weights in ``path``; reads the checkpoint's index alone.
 
     Args:
@@ -33,36 +38,71 @@ def pretrained_problems(where: str, path: str, kind: str, model: nn.Module) -> l
         path: a run's or a checkpoint's folder.
         kind: of the model, which the checkpoint's has to be as well.
         model: on any device; its values do not matter.
+        settings: of the new run, nested as in a YAML file: the message names what differs from the earlier one's.
+        head: how the names of tensors begin that follow from the data, and are drawn where their shapes differ.
     """
     try:
-        index = read_index(find_checkpoint(Path(path).expanduser()))
+        index = _index_of(where, path)
     except ConfigError as error:
-        return [Problem(where, str(problem), this_host_only=True) for problem in error.problems]
-    return _misfits(where, path, kind, model, index)
+        return error.problems
+    return _misfits(where, path, kind, model, index, settings, head)
 
 
-def pretrained_remarks(path: str, model: nn.Module, settings: Mapping[str, Any]) -> list[str]:
+def pretrained_remarks(path: str, model: nn.Module, settings: Mapping[str, Any], *, head: str = "") -> list[str]:
     """What a model that begins with the weights in ``path`` does not share with theirs, one sentence each.
 
     Args:
         model: on any device; its values do not matter.
         settings: of the new run, nested as in a YAML file.
+        head: as of :func:`pretrained_problems`.
     """
     index = read_index(find_checkpoint(Path(path).expanduser()))
     mine = {place.tensor for place in placements(model).values()} | persistent_buffers(model).keys()
+    redrawn = _of_other_shape(model, index, head)
     found = []
-    for names, what in ((mine - index.tensors.keys(), "drawn"), (index.tensors.keys() - mine, "left out")):
+    for names, what in ((mine - index.tensors.keys() | redrawn, "drawn"), (index.tensors.keys() - mine, "left out")):
         if names:
             some = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
-            found.append(f"model.pretrained: of its tensors and the model's {len(names)} are {what}: {some}")
+            are = "is" if len(names) == 1 else "are"
+            found.append(f"model.pretrained: of its tensors and the model's {len(names)} {are} {what}: {some}")
+    taken = {name for name in mine & index.tensors.keys() if head and name.startswith(head)} - redrawn
+    theirs, ours = (of.get("data", {}).get("source") for of in (index.settings, settings))
+    if taken and theirs != ours:
+        found.append(f"model.pretrained: its head is taken over, whose outputs are the classes of data.source {theirs}")
+    return found + [
+        f"model.pretrained: {name} was {was} and is {value}" for name, was, value in _differing(index, settings)
+    ]
+
+
+def pretrained_tensors(path: str) -> set[str]:
+    """Names of the tensors in the checkpoint that ``path`` means."""
+    return set(read_index(find_checkpoint(Path(path).expanduser())).tensors)
+
+
+def data_settings(path: str) -> dict[str, Any]:
+    """The settings of the data that the weights in ``path`` were trained on."""
+    return dict(read_index(find_checkpoint(Path(path).expanduser())).settings.get("data", {}))
+
+
+def _differing(index: Index, settings: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Settings that say what weights mean, as (dotted name, value of the checkpoint's run, value of the new one)."""
+    found = []
     for section, of_no_weight in _OF_NO_WEIGHT.items():
         theirs = index.settings.get(section, {})
         found += [
-            f"model.pretrained: {section}.{name} was {theirs[name]} and is {value}"
+            (f"{section}.{name}", theirs[name], value)
             for name, value in settings.get(section, {}).items()
             if name not in of_no_weight and name in theirs and theirs[name] != value
         ]
     return found
+
+
+def _index_of(where: str, path: str) -> Index:
+    """The index of the checkpoint that ``path`` means; a problem with it is one of the setting ``where``."""
+    try:
+        return read_index(find_checkpoint(Path(path).expanduser()))
+    except ConfigError as error:
+        raise ConfigError(Problem(where, str(problem), this_host_only=True) for problem in error.problems) from None
 
 
 def tokenizer_of(path: str) -> str:
@@ -76,22 +116,25 @@ def tokenizer_of(path: str) -> str:
     )
 
 
-def begin_with(where: str, path: str, kind: str, model: nn.Module) -> None:
+def begin_with(where: str, path: str, kind: str, model: nn.Module, *, head: str = "") -> None:
     """Give a model, sharded or not, the tensors that a checkpoint has of it; the others stay as they are.
+
+    Args:
+        head: as of :func:`pretrained_problems`.
 
     Raises:
         ConfigError: if the checkpoint is damaged or does not fit, before anything is changed.
     """
-    folder = find_checkpoint(Path(path).expanduser())
-    index = read_index(folder)
-    raise_if(_misfits(where, path, kind, model, index))
+    index = _index_of(where, path)
+    raise_if(_misfits(where, path, kind, model, index, None, head))
     if all(parameter.is_meta for parameter in model.parameters()):
         return
+    folder = find_checkpoint(Path(path).expanduser())
     verify(folder, index)
-    reader, places = Reader(folder, index), placements(model)
+    reader, places, redrawn = Reader(folder, index), placements(model), _of_other_shape(model, index, head)
     for name, parameter in model.named_parameters():
         place = places[name]
-        if place.tensor in index.tensors:
+        if place.tensor in index.tensors.keys() - redrawn:
             parts = [reader.read(place.tensor, WEIGHT, s.in_tensor, s.length) for s in place.stretches]
             set_values(parameter, torch.cat(parts))
     for name, buffer in persistent_buffers(model).items():
@@ -99,20 +142,47 @@ def begin_with(where: str, path: str, kind: str, model: nn.Module) -> None:
             buffer.copy_(reader.weight(name))
 
 
-def _misfits(where: str, path: str, kind: str, model: nn.Module, index: Index) -> list[Problem]:
+def _of_other_shape(model: nn.Module, index: Index, head: str) -> set[str]:
+    """The model's tensors that the checkpoint has in another shape and whose names begin with ``head``, if any do."""
+    return {
+        place.tensor
+        for place in placements(model).values()
+        if head
+        and place.tensor.startswith(head)
+        and place.tensor in index.tensors
+        and tuple(index.tensors[place.tensor].shape) != tuple(place.shape)
+    }
+
+
+def _misfits(
+    where: str, path: str, kind: str, model: nn.Module, index: Index, settings: Mapping[str, Any] | None, head: str
+) -> list[Problem]:
     if index.kind != kind:
         return [Problem(where, f"{path} holds a model of kind {index.kind}", f"name a run of kind {kind}")]
     if any(".lora_" in name for name in index.tensors):
         what = f"{path} was trained with adapters, which are not part of its weights"
         return [Problem(where, what, "name the run that they were trained beside")]
     shapes = {place.tensor: place.shape for place in placements(model).values()}
-    found = [
-        Problem(
-            where, f"{name} is {theirs.shape} in {path} and {shapes[name]} here", "choose that run's model settings"
-        )
+    if not shapes.keys() & index.tensors.keys():
+        return [Problem(where, f"{path} has no tensor of this model", "name a run of such a model")]
+    wrong = [
+        name
         for name, theirs in index.tensors.items()
         if name in shapes and tuple(theirs.shape) != tuple(shapes[name])
+    ]  # fmt: skip
+    wrong = [name for name in wrong if name not in _of_other_shape(model, index, head)]
+    if not wrong:
+        return []
+    more = f", and {len(wrong) - 1} more {'does' if len(wrong) == 2 else 'do'} not fit" if len(wrong) > 1 else ""
+    what = f"{wrong[0]} is {index.tensors[wrong[0]].shape} in {path} and {shapes[wrong[0]]} here{more}"
+    return [Problem(where, what, f"choose that run's model settings{_as_there(index, settings or {})}")]
+
+
+def _as_there(index: Index, settings: Mapping[str, Any]) -> str:
+    """The earlier run's values of settings that may have a say in shapes and differ; empty if none is known."""
+    theirs = [
+        f"{name} {was}"
+        for name, was, _ in _differing(index, settings)
+        if not isinstance(was, float) and name != "model.pooling"
     ]
-    if not shapes.keys() & index.tensors.keys():
-        found.append(Problem(where, f"{path} has no tensor of this model", "name a run of such a model"))
-    return found[:5]
+    return (": " + ", ".join(theirs[:SHOWN]) + (", ..." if len(theirs) > SHOWN else "")) if theirs else ""

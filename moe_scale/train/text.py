@@ -69,7 +69,7 @@ class TextTask(Task):
         path = self.config.model.pretrained
         with torch.device("meta"):
             model = self.draw_model()
-        if found := pretrained_problems("model.pretrained", path, self.model_kind, model):
+        if found := pretrained_problems("model.pretrained", path, self.model_kind, model, to_dict(self.config)):
             return found
         name = tokenizer_of(path)
         try:

@@ -40,7 +40,8 @@ def check_image_text(config: ImageTextDataConfig) -> list[Problem]:
         found = [Problem(where, f"the sample has no {', '.join(unknown)}", has)] if unknown else []
         return found + missing("data.source", *_package_files(config))
     if config.is_glue:
-        return glue.glue_problems(config.source, scored=True)
+        # That there is such a task, the settings say already.
+        return glue.glue_problems(config.source, scored=True) if config.num_outputs else []
     kind, found = kind_of(config), []
     for name, path, images, answers in _paths(config):
         found += _path_problems(name, path, kind, config)

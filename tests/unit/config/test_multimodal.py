@@ -55,6 +55,7 @@ def test_what_was_filled_in_is_read_back() -> None:
         ({"model": {"inputs": "text"}}, "model.inputs", "takes image_text"),
         ({"model": {"num_outputs": 5}, "data": {"source": "glue/rte"}}, "model.num_outputs", "takes 2"),
         ({"model": {"image_size": 32}}, "model.image_size", "takes 64"),
+        ({"data": {"source": "glue/stsa"}}, "data.source", "GLUE has no task 'stsa'"),
         ({"model": {"text_heads": 3}}, "model.text_heads", "does not divide model.text_width = 256"),
         ({"model": {"image_heads": 3}}, "model.image_heads", "does not divide model.image_width"),
         ({"model": {"fusion_heads": 3}}, "model.fusion_heads", "does not divide model.fusion_width"),

@@ -199,7 +199,6 @@ def test_vqa_with_entries_of_another_form(other: dict[str, Any], tmp_path: Path)
         ({"source": "{tmp}/a.jsonl", "caption_field": "text"}, "data.caption_field", "has no field 'text'"),
         ({"source": "{tmp}/a.jsonl", "heldout": "none.jsonl"}, "data.heldout", "'none.jsonl' does not exist"),
         ({"source": "{tmp}/a.json", "format": "vqa", "answers": "none"}, "data.answers", "none does not exist"),
-        ({"source": "glue/stsa"}, "data.source", "GLUE has no task 'stsa'"),
         ({"languages": ("en", "fi")}, "data.languages", "the sample has no fi"),
     ],
 )  # fmt: skip
