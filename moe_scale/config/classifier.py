@@ -260,6 +260,10 @@ class ClassifierConfig(RunConfig):
         return [replace(p, where=_own(p.where), what=_own(p.what), allowed=_own(p.allowed)) for p in problems]
 
     @property
+    def expert_widths(self) -> dict[str, int]:
+        return {}  # hidden_size, which is the experts' own width as well
+
+    @property
     def sparse_layers(self) -> list[int]:
         """Numbers of the layers with experts."""
         return [n for n in range(self.model.num_layers) if self.moe.enabled and (n + 1) % self.moe.every == 0]

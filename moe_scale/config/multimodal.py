@@ -293,6 +293,10 @@ class MultimodalConfig(RunConfig):
         return [(part, layers) for part, layers in parts if self.model.experts_in in ("both", part)]
 
     @property
+    def expert_widths(self) -> dict[str, int]:
+        return {f"model.{part}_width": getattr(self.model, f"{part}_width") for part, _ in self._expert_stacks()}
+
+    @property
     def sparse_layers(self) -> list[int]:
         """Numbers of the layers with experts; those of the fusion count on after the text's."""
         first = {"text": 0, "fusion": self.model.text_layers}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -231,6 +231,12 @@ class RunConfig(Strict):
     def best_metric(self) -> str:
         """The held-out score whose best checkpoint is kept; empty for none."""
         return self.early_stopping.metric or self.checkpoint.save_best
+
+    @property
+    def expert_widths(self) -> dict[str, int]:
+        """Widths of the residual streams that have experts (D), by the settings that say them."""
+        model: Any = getattr(self, "model", None)  # every recipe has one, each of its own kind
+        return {} if model is None else {"model.d_model": model.d_model}
 
     @property
     def wsd_decay_steps(self) -> int:

@@ -139,9 +139,13 @@ class MoELayer(SparseLayer):
             dense_BSD = self.run_dense(x_BSD)
         else:
             trip = exchange.plan_exchange(plan.counts_E, self.groups)
-            rows_ND = gather_rows(x_TD, plan)
-            rows_RD, dense_BSD = exchange.to_experts(rows_ND, trip, self.groups, lambda: self.run_dense(x_BSD))
-            rows_ND = exchange.from_experts(self.experts(rows_RD, trip.counts_L), trip, self.groups)
+            # No name holds the rows of a step that is done: they would stay in memory to the end of the layer.
+            rows_RD, dense_BSD = exchange.to_experts(
+                gather_rows(x_TD, plan), trip, self.groups, lambda: self.run_dense(x_BSD)
+            )
+            rows_RD = self.experts(rows_RD, trip.counts_L)
+            rows_ND = exchange.from_experts(rows_RD, trip, self.groups)
+            del rows_RD
             y_TD = combine_rows(rows_ND, plan, len(x_TD))
         return y_TD.view_as(x_BSD), make_stats(self.config, routing, plan.dropped, len(x_BSD), valid_T), dense_BSD
 

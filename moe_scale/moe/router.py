@@ -5,6 +5,8 @@ Shapes: T tokens, D model width, E experts, K experts per token, C tokens per ex
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -59,6 +61,18 @@ class Router(nn.Module):
         return _WideLinear.apply(x_TD, self.weight)
 
 
+@contextlib.contextmanager
+def _without_tf32() -> Iterator[None]:
+    """Products of fp32 as they are: a GPU takes their inputs to 10 bits where that is allowed, as it is for the rest
+    of a run."""
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
 class _WideLinear(torch.autograd.Function):
     """``F.linear`` in fp32 or wider that keeps its input as it came, which others keep too, and not a wider copy."""
 
@@ -66,7 +80,8 @@ class _WideLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight_OD: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight_OD)
         wide = torch.promote_types(x.dtype, torch.float32)
-        return F.linear(x.to(wide), weight_OD.to(wide))
+        with _without_tf32():
+            return F.linear(x.to(wide), weight_OD.to(wide))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -74,10 +89,11 @@ class _WideLinear(torch.autograd.Function):
         x, weight_OD = ctx.saved_tensors
         grad_TO = grads[0].flatten(0, -2)
         grad_x = grad_weight = None
-        if ctx.needs_input_grad[1]:
-            grad_weight = grad_TO.t().mm(x.flatten(0, -2).to(grad_TO.dtype)).to(weight_OD.dtype)
-        if ctx.needs_input_grad[0]:
-            grad_x = grad_TO.mm(weight_OD.to(grad_TO.dtype)).view(x.shape).to(x.dtype)
+        with _without_tf32():
+            if ctx.needs_input_grad[1]:
+                grad_weight = grad_TO.t().mm(x.flatten(0, -2).to(grad_TO.dtype)).to(weight_OD.dtype)
+            if ctx.needs_input_grad[0]:
+                grad_x = grad_TO.mm(weight_OD.to(grad_TO.dtype)).view(x.shape).to(x.dtype)
         return grad_x, grad_weight
 
 

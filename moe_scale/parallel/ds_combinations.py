@@ -60,6 +60,14 @@ def hierarchical_problems(zero: dict[str, Any], stage: int, launch: Launch) -> l
     return []
 
 
+def zenflow_problems(zero: dict[str, Any]) -> list[Problem]:
+    """ZenFlow's asynchronous updates, which wrap DeepSpeed's own Adam on the host and fail in the first step here."""
+    if not zero.get("zenflow"):
+        return []
+    what = "needs DeepSpeed's own Adam on the host, and the optimizer is the run's"
+    return [Problem(f"{_WHERE}.zenflow", what, "remove it; offload_optimizer is possible")]
+
+
 def quantization_problems(zero: dict[str, Any], stage: int, device: Device) -> list[Problem]:
     """ZeRO++'s quantized communication (arXiv 2306.10209) against the stage, the device and what its kernels can do."""
     found = []
@@ -77,6 +85,38 @@ def quantization_problems(zero: dict[str, Any], stage: int, device: Device) -> l
         what = "its kernel reads bf16 as if it were fp16, and skips tensors as large as the experts'"
         found.append(Problem(f"{_WHERE}.zero_quantized_gradients", what, "remove it; quantized weights are possible"))
     return found
+
+
+def gradient_problems(raw: dict[str, Any], stage: int) -> list[Problem]:
+    """Scaling of gradients before they are reduced, which ZeRO-3 refuses in the middle of a start or gets wrong."""
+    if stage < 3:
+        return []
+    found = []
+    factor = raw.get("gradient_predivide_factor", 1)
+    if factor != 1:
+        # DeepSpeed 0.19.8, stage3.py: an assertion with reduce_scatter, which is the default; without it gradients are
+        # divided by the factor, and not multiplied back where that is the number of ranks.
+        what = f"{factor} at stage 3, where gradients come out too small by it or the start fails"
+        found.append(Problem("deepspeed_config: gradient_predivide_factor", what, "remove it, or use stage 1 or 2"))
+    if raw.get("prescale_gradients"):
+        what = "true at stage 3, where the start fails"
+        found.append(Problem("deepspeed_config: prescale_gradients", what, "remove it, or use stage 1 or 2"))
+    return found
+
+
+def master_problems(raw: dict[str, Any]) -> list[Problem]:
+    """Master weights or moments of 16 bits, which DeepSpeed has for its own Adam on the host alone."""
+    named = {
+        "bf16": ("bf16_master_weights_and_grads", "bf16_optimizer_states"),
+        "fp16": ("fp16_master_weights_and_grads",),
+    }
+    what = "needs DeepSpeed's own Adam on the host, and the optimizer is the run's, with master weights in fp32"
+    return [
+        Problem(f"deepspeed_config: {section}.{name}", what, "remove it; --optim.name adamw8bit saves memory")
+        for section, names in named.items()
+        for name in names
+        if isinstance(raw.get(section), dict) and raw[section].get(name)
+    ]
 
 
 def parallelism_problems(config: RunConfig, zero: dict[str, Any], launch: Launch) -> list[Problem]:

@@ -18,10 +18,13 @@ from moe_scale.config import RunConfig
 from moe_scale.errors import Problem
 from moe_scale.parallel.device import Device
 from moe_scale.parallel.ds_combinations import (
+    gradient_problems,
     hierarchical_problems,
+    master_problems,
     offload_problems,
     parallelism_problems,
     quantization_problems,
+    zenflow_problems,
 )
 from moe_scale.parallel.launch import Launch
 
@@ -122,17 +125,20 @@ def plan(config: RunConfig, launch: Launch, device: Device) -> tuple[DeepSpeedPl
             Problem(f"{where}: {key}", "unknown key", f"did you mean {close[0]}?" if close else "remove it")
         )
 
-    problems += _value_problems(raw)
+    wrong_values = _value_problems(raw)
+    problems += wrong_values
     zero = _section(raw, "zero_optimization")
     stage = zero.get("stage", 0)
     if not isinstance(stage, int) or isinstance(stage, bool) or not 0 <= stage <= 3:
         problems.append(Problem(f"{where}: zero_optimization.stage", f"{stage!r}", "choose 0, 1, 2 or 3"))
         stage = 0
+    if not wrong_values:
+        problems += gradient_problems(raw, stage) + master_problems(raw)
     wrong_values = _zero_section_problems(zero)
     problems += wrong_values
     if not wrong_values:
         problems += offload_problems(zero, stage) + hierarchical_problems(zero, stage, launch)
-        problems += quantization_problems(zero, stage, device)
+        problems += quantization_problems(zero, stage, device) + zenflow_problems(zero)
     problems += parallelism_problems(config, {} if wrong_values else zero, launch)
     precision = _precision(raw, device, problems)
     micro_batch, grad_accum = _batch(raw, launch, problems)

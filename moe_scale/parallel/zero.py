@@ -16,6 +16,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch import Tensor
 from torch.nn import Parameter
 
 from moe_scale.errors import ConfigError, Problem
@@ -246,10 +247,16 @@ def squared_grad_norms(
                 gradient = safe_get_full_grad(parameter)
                 copies = groups.world_size // (groups.ep_size if is_expert_parallel(parameter) else 1)
             if gradient is not None:
-                sums[index] += gradient.detach().double().square().sum() / copies
+                sums[index] += squared_norm(gradient) / copies
     comm.all_reduce(sums)
     sums /= scale**2
     return dict(zip(parts, sums.tolist(), strict=True))
+
+
+def squared_norm(values: Tensor) -> Tensor:
+    """The squared L2 norm, added up in fp64 piece by piece: a wider copy of all experts would not fit beside them."""
+    pieces = values.detach().reshape(-1).split(2**22)
+    return torch.stack([piece.double().square().sum() for piece in pieces]).sum()
 
 
 def last_step_was_skipped(engine: Any) -> bool:

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from moe_scale.errors import ConfigError, Problem
+from moe_scale.parallel import zero
 from moe_scale.parallel.collectives import host_group
 
 WRAPPERS = ("DeepSpeedZeroOptimizer_Stage3", "DeepSpeedZeroOptimizer", "BF16_Optimizer", "FP16_UnfusedOptimizer")
@@ -72,8 +73,7 @@ def squared_weight_norms(engine: Any, label: Callable[[str], Hashable]) -> dict[
     sums = torch.zeros(len(labels), dtype=torch.float64)
     for held in held_state(engine):
         if held.writer:
-            norm = torch.linalg.vector_norm(held.values.detach(), dtype=torch.float64)  # without a wider copy
-            sums[labels.index(label(held.name))] += norm.cpu().square()
+            sums[labels.index(label(held.name))] += zero.squared_norm(held.values).cpu()
     torch.distributed.all_reduce(sums, group=host_group())
     return dict(zip(labels, sums.tolist(), strict=True))
 

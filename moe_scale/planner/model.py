@@ -266,7 +266,8 @@ class Variants:
             config = replace(config, model=replace(config.model, activation_checkpointing=checkpointing))
         launch = Launch(0, cluster.world_size, 0, cluster.devices_per_node, "none")
         plan, problems = check_deepspeed(config, launch, cluster.device)
-        problems += unsupported(config.moe, zero_stage=plan.stage, on_cpu=cluster.is_cpu)
+        widths = config.expert_widths
+        problems += unsupported(config.moe, zero_stage=plan.stage, on_cpu=cluster.is_cpu, widths=widths)
         problems += optimizer_problems(config.optim, offload=plan.offload)
         if problems:
             return None, "; ".join(f"{p.where}: {p.what}" for p in config.in_own_words(problems))

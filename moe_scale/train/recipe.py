@@ -168,7 +168,9 @@ def read_run(
     ds_plan, ds_problems = plan(_with_ep_size(config, config.moe.ep_size or 1), launch, device)
     if config.moe.ep_size == 0:
         config = _with_ep_size(config, _widest_ep_size(config, ds_plan, launch))
-    problems = ds_problems + unsupported(config.moe, zero_stage=ds_plan.stage, on_cpu=device.is_cpu)
+    problems = ds_problems + unsupported(
+        config.moe, zero_stage=ds_plan.stage, on_cpu=device.is_cpu, widths=config.expert_widths
+    )
     problems += optimizer_problems(config.optim, offload=ds_plan.offload)
     return config, ds_plan, settings.problems + config.in_own_words(problems)
 

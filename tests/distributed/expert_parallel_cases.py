@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from moe_scale.config import MoEConfig
 from moe_scale.initialization import Init
 from moe_scale.moe import exchange
+from moe_scale.moe import layer as layers
 from moe_scale.moe.layer import MoELayer
 from moe_scale.parallel import zero
 from moe_scale.parallel.collectives import mean_over_ranks, sum_over_ranks
@@ -386,6 +388,44 @@ def check_overlap(groups: ParallelGroups, into: Differences) -> None:
     into.true(f"order of the exchange: {events}", events == expected)
 
 
+def check_what_is_held(groups: ParallelGroups, into: Differences) -> None:
+    """Without gradients, rows are in memory for the steps that read them alone: those that arrived, those computed.
+
+    Those that are sent are left out: gloo's threads may hold them for as long as nothing else is sent.
+    """
+    case = Case("held rows")
+    layer = make_layer(case.config(groups.ep_size), groups, steered=False)
+    rows: dict[str, weakref.ref[Tensor]] = {}
+    alive: dict[str, list[str]] = {}
+
+    def noting(step: str, inner: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*args: Any) -> Any:
+            given = args[0]
+            alive[step] = [name for name, ref in rows.items() if ref() is not None and ref() is not given]
+            result = inner(*args)
+            rows[step] = weakref.ref(result[0] if isinstance(result, tuple) else result)
+            return result
+
+        return wrapped
+
+    steps = {
+        "to_experts": (exchange, "to_experts"),
+        "experts": (layer.experts, "forward"),
+        "from_experts": (exchange, "from_experts"),
+        "combine": (layers, "combine_rows"),
+    }
+    originals = {step: getattr(*place) for step, place in steps.items()}
+    for step, (owner, name) in steps.items():
+        setattr(owner, name, noting(step, originals[step]))
+    try:
+        with torch.no_grad():
+            run_layer(layer, case.tokens(groups.rank, groups.world_size))
+    finally:
+        for step, (owner, name) in steps.items():
+            setattr(owner, name, originals[step])
+    into.true(f"rows held that nobody reads: {alive}", alive == {step: [] for step in steps})
+
+
 def checks(groups: ParallelGroups, into: Differences) -> Iterator[None]:
     for case in CASES + draw_cases(40):
         yield check(case, groups, run_layer, into)
@@ -399,6 +439,7 @@ def checks(groups: ParallelGroups, into: Differences) -> Iterator[None]:
         yield check_global_scope(router, groups, into)
     if groups.ep_size > 1:
         yield check_overlap(groups, into)
+        yield check_what_is_held(groups, into)
 
 
 def main() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from importlib.util import find_spec
+from types import MappingProxyType
 
 from moe_scale.config import MoEConfig, show
 from moe_scale.errors import Problem
@@ -22,8 +24,17 @@ TORCH_ONLY = {"expert_bias": False, "expert_dropout": 0.0}
 """Settings that the Triton kernels do not follow, with the value that they have."""
 
 
-def unsupported(config: MoEConfig, *, zero_stage: int, on_cpu: bool = True) -> list[Problem]:
-    """What ``config.backend`` cannot do of what is asked, each with the backend that can."""
+def unsupported(
+    config: MoEConfig, *, zero_stage: int, on_cpu: bool = True, widths: Mapping[str, int] = MappingProxyType({})
+) -> list[Problem]:
+    """What ``config.backend`` cannot do of what is asked, each with the backend that can.
+
+    Args:
+        config: the sparse layers' settings.
+        zero_stage: of the run.
+        on_cpu: whether it runs on a CPU.
+        widths: of the residual streams that have experts (D), by the settings that say them.
+    """
     found: list[Problem] = []
     if not config.enabled:
         return found
@@ -33,15 +44,13 @@ def unsupported(config: MoEConfig, *, zero_stage: int, on_cpu: bool = True) -> l
         return [Problem(where, what, "use moe.backend custom or deepspeed")]
     if config.kernels == "triton" and backend == "custom":
         found += _triton_problems(config, on_cpu)
-    elif not on_cpu and backend != "deepspeed" and config.intermediate_size % 8:
-        found.append(
-            Problem(
-                "moe.intermediate_size",
-                f"{config.intermediate_size}",
-                "the grouped matrix product of a GPU wants rows of 16 bytes: choose a multiple of 8, or moe.backend "
-                "deepspeed",
-            )
-        )
+    elif not on_cpu and backend != "deepspeed":
+        rows = "the grouped matrix product of a GPU wants rows of 16 bytes"
+        found += [
+            Problem(name, str(width), f"{rows}: choose a multiple of 8, or moe.backend deepspeed")
+            for name, width in {"moe.intermediate_size": config.intermediate_size, **widths}.items()
+            if width % 8
+        ]
     if backend != "custom":
         for name, value in CUSTOM_ONLY.items():
             given = getattr(config, name)

@@ -186,8 +186,11 @@ def for_each_expert(run: Callable[[int, slice], None], counts: list[int]) -> Non
     largest_first = sorted(experts, key=lambda item: counts[item[0]], reverse=True)
     queue = iter(largest_first)
 
+    inference = torch.is_inference_mode_enabled()
+
     def work() -> None:
-        with torch.no_grad():  # a new thread would record gradients
+        # A new thread would record gradients; and in inference mode it has to be told of that as well.
+        with torch.inference_mode() if inference else torch.no_grad():
             for expert, rows in queue:
                 run(expert, rows)
 

@@ -29,7 +29,8 @@ def grouped_linear(x_RI: Tensor, w_LOI: Tensor, counts_L: Tensor) -> Tensor:
 
 
 class GroupedMM(torch.autograd.Function):
-    """torch's grouped matrix product, which reads the group ends on the device: the host waits for nothing.
+    """torch's grouped matrix product. In bf16 on an H100 and later it reads the group ends on the device, and the host
+    waits for nothing; elsewhere torch reads them back and makes a product an expert.
 
     A Function of its own so that the parameter itself is what is saved. Left to autograd that would be a transposed
     view of it, whose memory ZeRO-3 cannot take back when it releases the gathered parameter after the forward pass.

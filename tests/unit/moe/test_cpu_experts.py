@@ -52,6 +52,14 @@ def results(experts: Experts, x_TD: Tensor, plan: DispatchPlan, *, joined: bool)
     return [y_TD, *torch.autograd.grad((y_TD * direction_TD).sum(), wanted, retain_graph=True)]
 
 
+def test_inference_mode(threads: int) -> None:
+    experts = make_experts(torch.float32)
+    x_TD, plan = make_plan(torch.float32)
+    expected_TD = experts(x_TD, plan.counts_E, plan)
+    with torch.inference_mode():
+        assert torch.equal(experts(x_TD, plan.counts_E, plan), expected_TD)
+
+
 @pytest.mark.parametrize("activation", ["swiglu", "gelu", "relu"])
 @pytest.mark.parametrize("spread", [NUM_EXPERTS, 3, 1])
 @pytest.mark.parametrize(("dtype", "close"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 4e-2)])

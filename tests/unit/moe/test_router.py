@@ -6,11 +6,13 @@ Shapes: T tokens, D model width, E experts, K experts per token, C tokens per ex
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_scale.config import MoEConfig
 from moe_scale.initialization import Init
@@ -42,6 +44,38 @@ def make_layer(d_model: int = 4, seed: int = 0, **settings: Any) -> MoELayer:
 def best(values: list[float], count: int) -> list[int]:
     """Indices of the ``count`` largest values, largest first."""
     return sorted(range(len(values)), key=lambda i: -values[i])[:count]
+
+
+# --- scores
+
+
+class _PrecisionOfProducts(TorchDispatchMode):
+    """Notes what a GPU would be allowed to do to the fp32 inputs of each product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            self.seen.append(torch.backends.cuda.matmul.fp32_precision)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def tf32() -> Iterator[None]:
+    before, torch.backends.cuda.matmul.fp32_precision = torch.backends.cuda.matmul.fp32_precision, "tf32"
+    yield
+    torch.backends.cuda.matmul.fp32_precision = before
+
+
+@pytest.mark.usefixtures("tf32")
+def test_scores_and_their_gradients_are_fp32_where_the_rest_may_be_tf32() -> None:
+    router, x_TD = Router(4, 6, Init(0)), randn(5, 4).float().requires_grad_()
+    with _PrecisionOfProducts() as products:
+        router(x_TD).square().sum().backward()
+    assert products.seen == ["ieee"] * 3, "the scores, the gradient of the weight, that of the tokens"
+    assert torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 # --- noisy top-k

@@ -174,6 +174,17 @@ def test_autoep_takes_swiglu_experts_alone(activation: Any) -> None:
     assert unsupported(replace(config, backend="deepspeed"), zero_stage=3) == []
 
 
+@pytest.mark.parametrize("backend", ["custom", "autoep"])
+def test_widths_that_a_gpus_grouped_product_does_not_take(backend: Any) -> None:
+    config = MoEConfig(backend=backend, intermediate_size=12)
+    widths = {"model.text_width": 1028, "model.fusion_width": 64}
+    found = unsupported(config, zero_stage=3, on_cpu=False, widths=widths)
+    assert [problem.where for problem in found] == ["moe.intermediate_size", "model.text_width"]
+    assert all("choose a multiple of 8, or moe.backend deepspeed" in problem.allowed for problem in found)
+    assert unsupported(config, zero_stage=3, widths=widths) == []
+    assert unsupported(replace(config, backend="deepspeed"), zero_stage=3, on_cpu=False, widths=widths) == []
+
+
 # --- the Triton kernels
 
 

@@ -11,10 +11,13 @@ from moe_scale.config import LMConfig, MoEConfig
 from moe_scale.errors import Problem
 from moe_scale.parallel.device import Device
 from moe_scale.parallel.ds_combinations import (
+    gradient_problems,
     hierarchical_problems,
+    master_problems,
     offload_problems,
     parallelism_problems,
     quantization_problems,
+    zenflow_problems,
 )
 from moe_scale.parallel.launch import Launch
 
@@ -116,3 +119,39 @@ def test_hierarchical_partitions_with_expert_parallelism() -> None:
     assert "does not combine with moe.ep_size = 2" in str(found)
     assert parallelism_problems(spread, {"zero_hpz_partition_size": 0}, launch(4)) == []
     assert parallelism_problems(LMConfig(), {"zero_hpz_partition_size": 2}, launch(4)) == []
+
+
+@pytest.mark.parametrize(
+    ("raw", "where"),
+    [
+        ({"gradient_predivide_factor": 2}, ["gradient_predivide_factor"]),
+        (
+            {"gradient_predivide_factor": 2, "zero_optimization": {"reduce_scatter": False}},
+            ["gradient_predivide_factor"],
+        ),
+        ({"prescale_gradients": True}, ["prescale_gradients"]),
+        ({"gradient_predivide_factor": 1.0, "prescale_gradients": False}, []),
+    ],
+)
+def test_gradients_that_zero_3_would_scale_wrongly(raw: dict[str, Any], where: list[str]) -> None:
+    found = gradient_problems(raw, 3)
+    assert [problem.where.removeprefix("deepspeed_config: ") for problem in found] == where
+    assert gradient_problems(raw, 2) == []
+
+
+@pytest.mark.parametrize(
+    ("raw", "where"),
+    [
+        ({"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}, ["bf16.bf16_master_weights_and_grads"]),
+        ({"fp16": {"enabled": True, "fp16_master_weights_and_grads": True}}, ["fp16.fp16_master_weights_and_grads"]),
+        ({"bf16": {"enabled": True, "bf16_optimizer_states": True}}, ["bf16.bf16_optimizer_states"]),
+        ({"bf16": {"enabled": True, "bf16_master_weights_and_grads": False}, "fp16": 1}, []),
+    ],
+)
+def test_masters_of_16_bits_are_refused(raw: dict[str, Any], where: list[str]) -> None:
+    assert [problem.where.removeprefix("deepspeed_config: ") for problem in master_problems(raw)] == where
+
+
+def test_zenflow_is_refused() -> None:
+    assert places(zenflow_problems({"zenflow": {"topk_ratio": 0.1}})) == ["zenflow"]
+    assert zenflow_problems({}) == []
