@@ -8,6 +8,7 @@ between ranks or a fused kernel can use the same plan.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any, Literal, NamedTuple
 
@@ -153,13 +154,55 @@ def combine_rows(y_ND: Tensor, plan: DispatchPlan, num_tokens: int) -> Tensor:
 
     A token whose rows all went nowhere gets 0.
     """
+    if plan.place_TK is not None:
+        return _CombineRows.apply(y_ND, plan.weight_N, plan.token_N, plan.place_TK)
     weighted_ND = y_ND * plan.weight_N.unsqueeze(1)
-    if plan.place_TK is None:
-        total_TD = weighted_ND.new_zeros(num_tokens, y_ND.shape[1]).index_add(0, plan.token_N, weighted_ND)
-    else:
-        # A gather where index_add would do, for a fixed order of addition.
-        total_TD = _sum_places(weighted_ND, plan.place_TK)
+    total_TD = weighted_ND.new_zeros(num_tokens, y_ND.shape[1]).index_add(0, plan.token_N, weighted_ND)
     return total_TD.to(y_ND.dtype)
+
+
+class _CombineRows(torch.autograd.Function):
+    """``sum over k of weight_N[place] * y_ND[place]`` at each token's places, one choice of all tokens at a time.
+
+    Left to autograd, N wide rows would be made several times over, and their gradient added up by atomics. Here what is
+    wide has T rows, the order of addition is fixed, and the gradient is a gather.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y_ND: Tensor, weight_N: Tensor, token_N: Tensor, place_TK: Tensor) -> Tensor:
+        ctx.save_for_backward(y_ND, weight_N, token_N, place_TK)
+        wide = torch.promote_types(y_ND.dtype, torch.float32)
+        total_TD = y_ND.new_zeros(len(place_TK), y_ND.shape[1], dtype=wide)
+        if len(y_ND):
+            for rows_T, weight_T1 in _choices(place_TK, weight_N.to(wide)):
+                total_TD += y_ND.index_select(0, rows_T) * weight_T1
+        return total_TD.to(y_ND.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        y_ND, weight_N, token_N, place_TK = ctx.saved_tensors
+        (grad_TD,), num_rows = grads, len(y_ND)
+        grad_y = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_y = grad_TD.index_select(0, token_N)
+            torch.mul(grad_y, weight_N.unsqueeze(1), out=grad_y)
+        if ctx.needs_input_grad[1]:
+            wide = torch.promote_types(y_ND.dtype, torch.float32)
+            of_places = weight_N.new_zeros(num_rows + 1, dtype=wide)  # what has no row writes to the last place
+            if num_rows:
+                for place_T, (rows_T, _) in zip(place_TK.unbind(1), _choices(place_TK, weight_N), strict=True):
+                    of_places[place_T] = (y_ND.index_select(0, rows_T).to(wide) * grad_TD).sum(dim=1)
+            grad_weight = of_places[:num_rows].to(weight_N.dtype)
+        return grad_y, grad_weight, None, None
+
+
+def _choices(place_TK: Tensor, weight_N: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Of the first choices, the second, and so on: a row for each token, and its weight [T, 1], 0 where it has none."""
+    num_rows = len(weight_N)
+    for place_T in place_TK.unbind(1):
+        rows_T = place_T.clamp(max=num_rows - 1)
+        yield rows_T, (weight_N.index_select(0, rows_T) * (place_T < num_rows)).unsqueeze(1)
 
 
 def _place_within_expert(ids_TK: Tensor, priority_TK: Tensor, num_experts: int, policy: DropPolicy) -> Tensor:
