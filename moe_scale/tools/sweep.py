@@ -141,7 +141,7 @@ def _contradictions(arguments: argparse.Namespace, settings: list[str]) -> list[
     if arguments.trial is not None:
         given = [name for name in ("grid", "draw", "trials", "metric", "reach") if getattr(arguments, name)]
         found += [Problem(f"--{name}", "with --trial, which is one trial", "leave it out") for name in given]
-    if arguments.reach and (arguments.wandb_sweep or arguments.dry_run):
+    if arguments.reach and arguments.wandb_sweep:
         found.append(Problem("--reach", "is of a report, and none is made", "leave it out"))
     if not arguments.report_only and not devices.detect().is_cpu:
         wanted, there = arguments.parallel * arguments.ranks, len(visible_gpus())

@@ -19,6 +19,7 @@ from moe_scale.data.images.record import ImageTextReport, Place, Record
 from moe_scale.data.images.sample import render
 from moe_scale.data.images.split import thumbnail
 from moe_scale.data.pairs.ragged import Ragged, RaggedWriter
+from moe_scale.errors import ConfigError, Problem
 
 _DECODED_AT_ONCE = 256
 _USUAL_ASPECT = 1.4  # longer side to shorter side, to tell beforehand what images will take
@@ -73,6 +74,9 @@ def keep_images(
     """Decode all images into ``<folder>/images.bin``; those that cannot be read are counted.
 
     Threads suffice here: Pillow decodes and scales without holding Python's lock.
+
+    Raises:
+        ConfigError: at ``data.source``, when none can be read.
     """
     first: dict[tuple[str, bytes], Record] = {}
     shapes: list[tuple[int, int]] = []
@@ -91,6 +95,9 @@ def keep_images(
             shapes.append(pixels_HWC.shape[:2])
             thumbnails.append(thumbnail(pixels_HWC))
             kept.append(record)
+    if not kept:
+        what = f"none of its {len(records):,} images can be read; skipped: {report.skips()}"
+        raise ConfigError(Problem("data.source", what, "give images that Pillow reads, or raise data.max_pixels", True))
     np.save(folder / "images_shapes.npy", np.array(shapes, dtype=np.int64).reshape(-1, 2))
     return Decoded(kept, np.array(thumbnails, dtype=np.float32).reshape(len(kept), -1))
 

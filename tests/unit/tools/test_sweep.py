@@ -569,6 +569,14 @@ def test_a_dry_run_checks_and_prints_all_trials(tmp_path: Path, capsys: pytest.C
     assert not out.exists()
 
 
+def test_a_dry_run_checks_the_reference_of_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """So that the command of a study can be tried before it is trained for hours."""
+    what = ["--variant", "moe:", "--variant", "dense: moe.enabled=false", "--output_dir", str(tmp_path / "sweep")]
+    cli.main(["sweep", RECIPE, *what, "--dry_run", "--reach", "dense", *TINY])
+    assert capsys.readouterr().out.startswith("# 2 trials of 1 rank")
+    assert "--reach: " in refused(capsys, RECIPE, *what, "--dry_run", "--reach", "dens", *TINY)
+
+
 def test_problems_of_all_trials_come_before_any_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "sweep"
     what = ["--grid", "moe.num_experts=2,4,8", "--grid", "moe.top_k=2,4", "--no.such", "1", "--output_dir", str(out)]

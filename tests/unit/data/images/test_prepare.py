@@ -78,6 +78,15 @@ def test_unreadable_images_are_counted_with_their_names(config: ImageTextDataCon
     assert "skipped: 1 no image that Pillow knows" in str(data.report)
 
 
+def test_images_none_of_which_can_be_read_are_one_message(config: ImageTextDataConfig) -> None:
+    with pytest.raises(ConfigError) as caught:
+        prepare_image_text(replace(config, max_pixels=10), VOCABULARY)
+    (problem,) = caught.value.problems
+    assert problem.where == "data.source"
+    assert problem.what.startswith("none of its 40 images can be read; skipped: ")
+    assert "image of more than data.max_pixels" in problem.what
+
+
 def test_images_that_are_not_kept_give_the_same_batches(config: ImageTextDataConfig) -> None:
     kept = prepare_image_text(config, VOCABULARY)
     far = replace(config, cache_gib=0.0)
