@@ -330,9 +330,8 @@ def _validate(config_class: type[C], defaults: Nested, nested: Nested) -> tuple[
         annotations = {leaf.path: leaf.annotation for leaf in leaves(config_class)}
         for item in error.errors():
             loc = [str(part) for part in item["loc"]]
-            path = next(
-                (p for p in (".".join(loc), ".".join(loc[:-1])) if p in annotations), None
-            )  # the second: of a list
+            places = (".".join(loc), ".".join(loc[:-1]))  # the second: of a list
+            path = next((place for place in places if place in annotations), None)
             if path is None:
                 raise  # not a user's value but a recipe's own: _known_settings lets no other name through
             allowed = (

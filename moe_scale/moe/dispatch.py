@@ -13,7 +13,6 @@ from fractions import Fraction
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 DropPolicy = Literal["position", "probability"]
@@ -138,15 +137,32 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (place_TK,) = ctx.saved_tensors
-        return _sum_places(grads[0], place_TK).to(grads[0].dtype), None, None
+        return _sum_places(grads[0], place_TK), None, None
 
 
-def _sum_places(rows_ND: Tensor, place_TK: Tensor) -> Tensor:
-    """Each token's sum of the rows at its places, in fp32 or wider; the place N holds nothing. Returns [T, D]."""
-    if place_TK.numel() > len(rows_ND):
-        rows_ND = F.pad(rows_ND, (0, 0, 0, 1))
-    chosen_TKD = rows_ND.index_select(0, place_TK.flatten()).unflatten(0, place_TK.shape)
-    return chosen_TKD.sum(dim=1, dtype=torch.promote_types(rows_ND.dtype, torch.float32))
+def _sum_places(rows_ND: Tensor, place_TK: Tensor, weight_N: Tensor | None = None) -> Tensor:
+    """Each token's (weighted) sum of the rows at its places, added up in fp32 or wider: y_TD, in the type of the rows.
+
+    The place N holds nothing. One choice of all tokens at a time, in a fixed order: what is wide has T rows, not N.
+    """
+    total_TD = _wide(rows_ND.new_zeros(len(place_TK), rows_ND.shape[1]))
+    for place_T, row_T in _choices(place_TK, len(rows_ND)):
+        chosen_TD = _wide(rows_ND.index_select(0, row_T))
+        if weight_N is not None:
+            chosen_TD = chosen_TD * weight_N.index_select(0, row_T).unsqueeze(1)
+        # Not a product with 0, which would carry a number that is none from the last row to tokens that have no row.
+        total_TD += chosen_TD.masked_fill((place_T == len(rows_ND)).unsqueeze(1), 0)
+    return total_TD.to(rows_ND.dtype)
+
+
+def _choices(place_TK: Tensor, num_rows: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Of the first choices, the second, and so on: each token's place, and a row that can be read for each."""
+    for place_T in place_TK.unbind(1) if num_rows else ():
+        yield place_T, place_T.clamp(max=num_rows - 1)
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def combine_rows(y_ND: Tensor, plan: DispatchPlan, num_tokens: int) -> Tensor:
@@ -162,47 +178,31 @@ def combine_rows(y_ND: Tensor, plan: DispatchPlan, num_tokens: int) -> Tensor:
 
 
 class _CombineRows(torch.autograd.Function):
-    """``sum over k of weight_N[place] * y_ND[place]`` at each token's places, one choice of all tokens at a time.
+    """Each token's weighted sum of its rows.
 
-    Left to autograd, N wide rows would be made several times over, and their gradient added up by atomics. Here what is
-    wide has T rows, the order of addition is fixed, and the gradient is a gather.
+    Left to autograd, N wide rows would be made several times over, and their gradient added up by atomics. Here the
+    gradient is a gather.
     """
 
     @staticmethod
     def forward(ctx: Any, y_ND: Tensor, weight_N: Tensor, token_N: Tensor, place_TK: Tensor) -> Tensor:
         ctx.save_for_backward(y_ND, weight_N, token_N, place_TK)
-        wide = torch.promote_types(y_ND.dtype, torch.float32)
-        total_TD = y_ND.new_zeros(len(place_TK), y_ND.shape[1], dtype=wide)
-        if len(y_ND):
-            for rows_T, weight_T1 in _choices(place_TK, weight_N.to(wide)):
-                total_TD += y_ND.index_select(0, rows_T) * weight_T1
-        return total_TD.to(y_ND.dtype)
+        return _sum_places(y_ND, place_TK, weight_N)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         y_ND, weight_N, token_N, place_TK = ctx.saved_tensors
-        (grad_TD,), num_rows = grads, len(y_ND)
-        grad_y = grad_weight = None
+        (grad_TD,), grad_y, grad_weight = grads, None, None
         if ctx.needs_input_grad[0]:
             grad_y = grad_TD.index_select(0, token_N)
             torch.mul(grad_y, weight_N.unsqueeze(1), out=grad_y)
         if ctx.needs_input_grad[1]:
-            wide = torch.promote_types(y_ND.dtype, torch.float32)
-            of_places = weight_N.new_zeros(num_rows + 1, dtype=wide)  # what has no row writes to the last place
-            if num_rows:
-                for place_T, (rows_T, _) in zip(place_TK.unbind(1), _choices(place_TK, weight_N), strict=True):
-                    of_places[place_T] = (y_ND.index_select(0, rows_T).to(wide) * grad_TD).sum(dim=1)
-            grad_weight = of_places[:num_rows].to(weight_N.dtype)
+            of_places = _wide(weight_N.new_zeros(len(y_ND) + 1))  # choices that go nowhere write to the last one
+            for place_T, row_T in _choices(place_TK, len(y_ND)):
+                of_places[place_T] = (_wide(y_ND.index_select(0, row_T)) * grad_TD).sum(dim=1)
+            grad_weight = of_places[:-1].to(weight_N.dtype)
         return grad_y, grad_weight, None, None
-
-
-def _choices(place_TK: Tensor, weight_N: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Of the first choices, the second, and so on: a row for each token, and its weight [T, 1], 0 where it has none."""
-    num_rows = len(weight_N)
-    for place_T in place_TK.unbind(1):
-        rows_T = place_T.clamp(max=num_rows - 1)
-        yield rows_T, (weight_N.index_select(0, rows_T) * (place_T < num_rows)).unsqueeze(1)
 
 
 def _place_within_expert(ids_TK: Tensor, priority_TK: Tensor, num_experts: int, policy: DropPolicy) -> Tensor:

@@ -125,14 +125,14 @@ def plan(config: RunConfig, launch: Launch, device: Device) -> tuple[DeepSpeedPl
             Problem(f"{where}: {key}", "unknown key", f"did you mean {close[0]}?" if close else "remove it")
         )
 
-    wrong_values = _value_problems(raw)
-    problems += wrong_values
+    wrong_kinds = _value_problems(raw)
+    problems += wrong_kinds
     zero = _section(raw, "zero_optimization")
     stage = zero.get("stage", 0)
     if not isinstance(stage, int) or isinstance(stage, bool) or not 0 <= stage <= 3:
         problems.append(Problem(f"{where}: zero_optimization.stage", f"{stage!r}", "choose 0, 1, 2 or 3"))
         stage = 0
-    if not wrong_values:
+    if not wrong_kinds:
         problems += gradient_problems(raw, stage) + master_problems(raw)
     wrong_values = _zero_section_problems(zero)
     problems += wrong_values

@@ -58,7 +58,7 @@ def pretrained_remarks(path: str, model: nn.Module, settings: Mapping[str, Any],
     """
     index = read_index(find_checkpoint(Path(path).expanduser()))
     mine = {place.tensor for place in placements(model).values()} | persistent_buffers(model).keys()
-    redrawn = _of_other_shape(model, index, head)
+    redrawn = _redrawn(model, index, head)
     found = []
     for names, what in ((mine - index.tensors.keys() | redrawn, "drawn"), (index.tensors.keys() - mine, "left out")):
         if names:
@@ -131,7 +131,7 @@ def begin_with(where: str, path: str, kind: str, model: nn.Module, *, head: str 
         return
     folder = find_checkpoint(Path(path).expanduser())
     verify(folder, index)
-    reader, places, redrawn = Reader(folder, index), placements(model), _of_other_shape(model, index, head)
+    reader, places, redrawn = Reader(folder, index), placements(model), _redrawn(model, index, head)
     for name, parameter in model.named_parameters():
         place = places[name]
         if place.tensor in index.tensors.keys() - redrawn:
@@ -142,16 +142,19 @@ def begin_with(where: str, path: str, kind: str, model: nn.Module, *, head: str 
             buffer.copy_(reader.weight(name))
 
 
-def _of_other_shape(model: nn.Module, index: Index, head: str) -> set[str]:
-    """The model's tensors that the checkpoint has in another shape and whose names begin with ``head``, if any do."""
+def _of_other_shape(model: nn.Module, index: Index) -> dict[str, tuple[int, ...]]:
+    """The shapes here of the tensors that the checkpoint has in another one."""
+    shapes = {place.tensor: tuple(place.shape) for place in placements(model).values()}
     return {
-        place.tensor
-        for place in placements(model).values()
-        if head
-        and place.tensor.startswith(head)
-        and place.tensor in index.tensors
-        and tuple(index.tensors[place.tensor].shape) != tuple(place.shape)
+        name: shapes[name]
+        for name, theirs in index.tensors.items()
+        if name in shapes and tuple(theirs.shape) != shapes[name]
     }
+
+
+def _redrawn(model: nn.Module, index: Index, head: str) -> set[str]:
+    """Those of them that follow from the data."""
+    return {name for name in _of_other_shape(model, index) if head and name.startswith(head)}
 
 
 def _misfits(
@@ -162,27 +165,18 @@ def _misfits(
     if any(".lora_" in name for name in index.tensors):
         what = f"{path} was trained with adapters, which are not part of its weights"
         return [Problem(where, what, "name the run that they were trained beside")]
-    shapes = {place.tensor: place.shape for place in placements(model).values()}
-    if not shapes.keys() & index.tensors.keys():
+    if not index.tensors.keys() & {place.tensor for place in placements(model).values()}:
         return [Problem(where, f"{path} has no tensor of this model", "name a run of such a model")]
-    wrong = [
-        name
-        for name, theirs in index.tensors.items()
-        if name in shapes and tuple(theirs.shape) != tuple(shapes[name])
-    ]  # fmt: skip
-    wrong = [name for name in wrong if name not in _of_other_shape(model, index, head)]
+    others, redrawn = _of_other_shape(model, index), _redrawn(model, index, head)
+    wrong = [name for name in others if name not in redrawn]
     if not wrong:
         return []
     more = f", and {len(wrong) - 1} more {'does' if len(wrong) == 2 else 'do'} not fit" if len(wrong) > 1 else ""
-    what = f"{wrong[0]} is {index.tensors[wrong[0]].shape} in {path} and {shapes[wrong[0]]} here{more}"
+    what = f"{wrong[0]} is {index.tensors[wrong[0]].shape} in {path} and {others[wrong[0]]} here{more}"
     return [Problem(where, what, f"choose that run's model settings{_as_there(index, settings or {})}")]
 
 
 def _as_there(index: Index, settings: Mapping[str, Any]) -> str:
     """The earlier run's values of settings that may have a say in shapes and differ; empty if none is known."""
-    theirs = [
-        f"{name} {was}"
-        for name, was, _ in _differing(index, settings)
-        if not isinstance(was, float) and name != "model.pooling"
-    ]
+    theirs = [f"{name} {was}" for name, was, _ in _differing(index, settings) if not isinstance(was, float)]
     return (": " + ", ".join(theirs[:SHOWN]) + (", ..." if len(theirs) > SHOWN else "")) if theirs else ""

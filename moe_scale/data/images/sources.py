@@ -49,9 +49,9 @@ def check_image_text(config: ImageTextDataConfig) -> list[Problem]:
             setting = "data.images" if name == "data.source" else "data.heldout_images"
             what = f"{images} is not a folder" if images.exists() else f"{images} does not exist"
             found.append(Problem(setting, what, "name the folder of the image files", True))
-        named = config.answers if name == "data.source" else config.heldout_answers
-        if kind == "vqa" and named:  # that none is named, the settings' own checks say
-            found += _readable("data.answers" if name == "data.source" else "data.heldout_answers", answers)
+        setting = "answers" if name == "data.source" else "heldout_answers"
+        if kind == "vqa" and getattr(config, setting):  # that none is named, the settings' own checks say
+            found += _readable(f"data.{setting}", answers)
     return found
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_scale.moe.dispatch import DispatchPlan, combine_rows, plan_dispatch
+from moe_scale.moe.dispatch import DispatchPlan, combine_rows, gather_rows, plan_dispatch
 
 
 def make(tokens: int, top_k: int, experts: int, rows_per_expert: int | None, width: int) -> tuple[Tensor, DispatchPlan]:
@@ -49,6 +49,19 @@ def test_in_bf16_sums_and_weights_gradients_are_rounded_once() -> None:
     torch.testing.assert_close(found_TD.double(), exact_TD, rtol=half_a_step, atol=1e-5)
     torch.testing.assert_close(found[0].double(), exact[0], rtol=half_a_step, atol=1e-5)
     torch.testing.assert_close(found[1].double(), exact[1], rtol=1e-5, atol=1e-4)
+
+
+def test_a_row_that_is_no_number_stays_with_its_token() -> None:
+    """Of a batch of texts the others are to be right all the same."""
+    y_ND, plan = make(9, 2, 5, 3, width=4)
+    y_ND[-1] = float("nan")  # the row that stands in for those of choices that go nowhere
+    y_TD = combine_rows(y_ND, plan, 9)
+    assert plan.place_TK is not None
+    assert (plan.place_TK == len(y_ND)).any()
+    assert y_TD.isnan().any(dim=1).nonzero().flatten().tolist() == [int(plan.token_N[-1])]
+    x_TD = torch.zeros(9, 4, dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(gather_rows(x_TD, plan), x_TD, y_ND)
+    assert gradient.isnan().any(dim=1).nonzero().flatten().tolist() == [int(plan.token_N[-1])]
 
 
 def test_sums_are_made_without_the_rows_in_fp32() -> None:
