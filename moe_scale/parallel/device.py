@@ -125,14 +125,18 @@ def keep_freed_memory() -> bool:
         return False
 
 
-def has_fast_bf16_cpu() -> bool:
-    """Whether this CPU multiplies bf16 matrices in hardware (AVX512-BF16 or AMX)."""
+def cpu_flags() -> frozenset[str]:
+    """The features that the CPU has, by Linux's names; none where that is not known."""
     try:
         with open("/proc/cpuinfo", encoding="ascii", errors="ignore") as info:
-            flags = next((line for line in info if line.startswith("flags")), "")
+            return frozenset(next((line for line in info if line.startswith("flags")), "").split())
     except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
+        return frozenset()
+
+
+def has_fast_bf16_cpu() -> bool:
+    """Whether this CPU multiplies bf16 matrices in hardware (AVX512-BF16 or AMX)."""
+    return not cpu_flags().isdisjoint({"avx512_bf16", "amx_bf16"})
 
 
 def _cpu_name() -> str:

@@ -24,24 +24,29 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_scale.moe.dispatch import DispatchPlan
+from moe_scale.moe.kernels import cpu_bf16
 from moe_scale.parallel.device import has_fast_bf16_cpu
 
 
 def cpu_experts(
-    x: Tensor, counts_L: Tensor, plan: DispatchPlan | None, gate_up_LID: Tensor, down_LDF: Tensor, activation: str
-) -> Tensor:
+    x: Tensor, counts_L: Tensor, plan: DispatchPlan | None, gate_up_LID: Tensor, down_LDF: Tensor, activation: str,
+    *, compiled: bool = True,
+) -> Tensor:  # fmt: skip
     """The output of :class:`moe_scale.moe.experts.Experts` without biases and dropout.
 
     Args:
         x: the tokens x_TD with a plan; without one rows x_ND sorted by expert, as an exchange leaves them.
         counts_L: int64 rows of each expert.
         plan: which tokens go where.
+        compiled: whether the kernel of ``cpu_bf16.cpp`` may do it, where it can.
 
     Returns:
         y_TD, each token's weighted sum, with a plan; without one y_ND, the rows' outputs.
     """
     weight_N, token_N, place_TK = (None, None, None) if plan is None else (plan.weight_N, plan.token_N, plan.place_TK)
-    return _CPUExperts.apply(x, weight_N, gate_up_LID, down_LDF, token_N, place_TK, counts_L.tolist(), activation)
+    counts = counts_L.tolist()
+    compiled = compiled and not _uneven(counts) and cpu_bf16.takes(x.dtype, *down_LDF.shape[1:])
+    return _CPUExperts.apply(x, weight_N, gate_up_LID, down_LDF, token_N, place_TK, counts, activation, compiled)
 
 
 class _CPUExperts(torch.autograd.Function):
@@ -54,9 +59,9 @@ class _CPUExperts(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x_TD: Tensor, weight_N: Tensor | None, gate_up_LID: Tensor, down_LDF: Tensor,
-        token_N: Tensor | None, place_TK: Tensor | None, counts: list[int], activation: str,
+        token_N: Tensor | None, place_TK: Tensor | None, counts: list[int], activation: str, compiled: bool,
     ) -> Tensor:  # fmt: skip
-        wide = product_dtype(x_TD.dtype)
+        x_TD, wide = x_TD.contiguous(), product_dtype(x_TD.dtype)
         hidden_NI = x_TD.new_empty(sum(counts), gate_up_LID.shape[1])
         y_ND = _rows_to_sum(x_TD, len(hidden_NI), place_TK)
 
@@ -68,16 +73,21 @@ class _CPUExperts(torch.autograd.Function):
                 active_RF.mul_(weight_N[rows].unsqueeze(1))
             _product(active_RF, down_LDF[expert].to(wide).t(), y_ND[rows])
 
-        for_each_expert(run, counts)
+        if compiled:
+            cpu_bf16.forward(
+                x_TD, token_N, weight_N, gate_up_LID, down_LDF, counts, activation, hidden_NI, y_ND[: len(hidden_NI)]
+            )
+        else:
+            for_each_expert(run, counts)
         ctx.save_for_backward(x_TD, weight_N, gate_up_LID, down_LDF, token_N, place_TK, hidden_NI)
-        ctx.counts, ctx.activation = counts, activation
+        ctx.counts, ctx.activation, ctx.compiled = counts, activation, compiled
         return _sum_of_tokens(y_ND, token_N, place_TK, len(x_TD))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x_TD, weight_N, gate_up_LID, down_LDF, token_N, place_TK, hidden_NI = ctx.saved_tensors
-        wide, grad_TD = product_dtype(x_TD.dtype), grads[0]
+        wide, grad_TD = product_dtype(x_TD.dtype), grads[0].contiguous()
         want_x, want_weight, want_gate_up, want_down = ctx.needs_input_grad[:4]
         grad_x_ND = _rows_to_sum(x_TD, len(hidden_NI), place_TK) if want_x else None
         grad_weight_N = torch.empty_like(weight_N) if want_weight else None
@@ -98,9 +108,16 @@ class _CPUExperts(torch.autograd.Function):
             if grad_x_ND is not None:
                 _product(grad_RI, gate_up_LID[expert].to(wide), grad_x_ND[rows])
 
-        for_each_expert(run, ctx.counts)
+        if ctx.compiled:
+            cpu_bf16.backward(
+                grad_TD, x_TD, token_N, weight_N, gate_up_LID, down_LDF, ctx.counts, ctx.activation, hidden_NI,
+                None if grad_x_ND is None else grad_x_ND[: len(hidden_NI)],
+                grad_weight_N, grad_gate_up_LID, grad_down_LDF,
+            )  # fmt: skip
+        else:
+            for_each_expert(run, ctx.counts)
         grad_x = None if grad_x_ND is None else _sum_of_tokens(grad_x_ND, token_N, place_TK, len(x_TD))
-        return grad_x, grad_weight_N, grad_gate_up_LID, grad_down_LDF, None, None, None, None
+        return grad_x, grad_weight_N, grad_gate_up_LID, grad_down_LDF, None, None, None, None, None
 
 
 def activate(hidden_RI: Tensor, activation: str) -> Tensor:
@@ -170,6 +187,11 @@ def _sum_of_tokens(rows_ND: Tensor, token_N: Tensor | None, place_TK: Tensor | N
 # --- many cores
 
 
+def _uneven(counts: list[int]) -> bool:
+    """Whether one expert has more than a thread's share of the rows."""
+    return max(counts) * torch.get_num_threads() > sum(counts)
+
+
 def for_each_expert(run: Callable[[int, slice], None], counts: list[int]) -> None:
     """Call ``run(expert, rows)`` for each expert; at once on all threads of this process that torch would use.
 
@@ -179,7 +201,7 @@ def for_each_expert(run: Callable[[int, slice], None], counts: list[int]) -> Non
     threads = torch.get_num_threads()
     ends = list(accumulate(counts))
     experts = [(expert, slice(end - count, end)) for expert, (end, count) in enumerate(zip(ends, counts, strict=True))]
-    if threads == 1 or max(counts) * threads > sum(counts):
+    if threads == 1 or _uneven(counts):
         for expert, rows in experts:
             run(expert, rows)
         return
