@@ -117,7 +117,7 @@ def adapter_problems(model: nn.Module, config: LoRAConfig) -> list[Problem]:
                 what = f"{pattern!r} is the name of no {kind} of this model"
                 found.append(Problem(f"lora.{setting}", what, f"names end in {', '.join(ends)}"))
     for name, module, _ in _targets(model, config.targets):
-        if isinstance(module, Experts) and module.fused:
+        if isinstance(module, Experts) and module.kernels == "triton":
             what = f"triton, whose kernels take no adapters, and lora.targets names {name}"
             return [*found, Problem("moe.kernels", what, "use moe.kernels torch")]
     return found

@@ -41,7 +41,7 @@ class Experts(Adaptable):
     def __init__(self, config: MoEConfig, d_model: int, groups: ParallelGroups, init: Init, depth_scale: float = 1.0):
         super().__init__()
         self.activation, self.dropout = config.activation, config.expert_dropout
-        self.fused = config.kernels == "triton"
+        self.kernels = config.kernels
         self.groups = groups
         hidden, local = config.intermediate_size, groups.local_experts(config.num_experts)
         inner = 2 * hidden if config.activation == "swiglu" else hidden
@@ -65,11 +65,12 @@ class Experts(Adaptable):
         Returns:
             y_TD, each token's weighted sum, with a plan; without one y_RD, the rows' outputs.
         """
-        if self.fused:
+        if self.kernels == "triton":
             return fused_experts(x, counts_L, plan, self.gate_up, self.down, self.activation)
         plain = self.gate_up_bias is None and not (self.dropout and self.training) and not self.adapted
         if x.device.type == "cpu" and plain:
-            return cpu_experts(x, counts_L, plan, self.gate_up, self.down, self.activation)
+            compiled = self.kernels == "auto"
+            return cpu_experts(x, counts_L, plan, self.gate_up, self.down, self.activation, compiled=compiled)
         if plan is None:
             return self.run_rows(x, counts_L)
         return combine_rows(self.run_rows(gather_rows(x, plan), counts_L), plan, len(x))

@@ -24,6 +24,7 @@ from moe_scale.config import MoEConfig
 from moe_scale.errors import Problem, raise_if
 from moe_scale.initialization import Init
 from moe_scale.moe.backends.support import unsupported
+from moe_scale.moe.kernels import cpu_bf16
 from moe_scale.moe.layer import MoELayer, make_stats
 from moe_scale.parallel import device as devices
 from moe_scale.parallel.groups import ParallelGroups
@@ -197,6 +198,8 @@ def _circumstances(config: MoEConfig, arguments: argparse.Namespace) -> Row:
         "dtype": arguments.dtype,
         "device": device.name,
         "emulated": device.is_cpu and _is_emulated(arguments.dtype),
+        "compiled": device.is_cpu
+        and cpu_bf16.takes(DTYPES[arguments.dtype], arguments.d_model, config.intermediate_size),
         "threads": torch.get_num_threads(),
         "rounds": arguments.rounds,
         "load_average": os.getloadavg()[0],

@@ -26,7 +26,8 @@ using bf16 = uint16_t;
 using pairs = uint32_t;  // two bf16, neighbours in the dimension that is summed over
 
 constexpr int64_t LANES = 16;   // numbers in fp32 of a register
-constexpr int64_t PANEL = 32;   // columns of the right side at a time: as many bf16 as a cache line has
+constexpr int64_t LINE = 64;    // bytes that memory is read and written in
+constexpr int64_t PANEL = 32;   // columns of the right side at a time: a line of bf16
 constexpr int64_t ROWS = 12;    // rows of the left side at a time: 24 of the 32 registers are sums
 constexpr int64_t BLOCK = 192;  // rows of an expert at a time, so that they stay in the second cache
 
@@ -142,11 +143,11 @@ inline void transpose(__m512i (&row)[16]) {
     }
 }
 
-// The left side of a product: `ROWS` of its rows at a time, and as even as can be.
+// The left side of a product, in groups of at most `ROWS` rows, as even as can be.
 struct Left {
     const pairs* data;
     int64_t rows;
-    int64_t stride;  // from one pair of k to the next, or 0: each group of rows is packed by itself
+    int64_t stride;  // from one pair of k to the next, as in a panel; 0: each group is packed by itself
 
     int64_t groups() const { return (rows + ROWS - 1) / ROWS; }
     int64_t begin(int64_t group) const { return group * rows / groups(); }
@@ -176,43 +177,52 @@ inline void pack_rows(const pairs* from, int64_t k_pairs, pairs* panel) {
         for (int64_t k = 0; k < k_pairs; k += LANES) {
             __m512i block[16];
             for (int64_t i = 0; i < LANES; ++i) {
-                const pairs* at = from + (half + i) * k_pairs + k;
-                block[i] = _mm512_loadu_si512(at);
-                _mm_prefetch(reinterpret_cast<const char*>(at + PANEL * k_pairs), _MM_HINT_T0);  // of the next panel
+                block[i] = _mm512_loadu_si512(from + (half + i) * k_pairs + k);
             }
             transpose(block);
             for (int64_t i = 0; i < LANES; ++i) _mm512_store_si512(panel + (k + i) * PANEL + half, block[i]);
         }
 }
 
-// 32 columns from `column` on of rows that are the summed dimension, of which `row(k)` gives the k-th of `size`.
-template <class Row> inline void pack_columns(int64_t size, int64_t column, Row row, pairs* to, int64_t stride) {
+// A panel, 32 columns from `column` on, of rows that are the summed dimension: `row(k)` gives the k-th of `size`.
+template <class Row> inline void pack_columns(int64_t size, int64_t column, Row row, pairs* panel) {
     alignas(64) static const uint16_t order[2][32] = {
         {0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47},
         {16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55, 24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63},
     };
     __m512i low = _mm512_load_si512(order[0]), high = _mm512_load_si512(order[1]);
-    for (int64_t k = 0; k < size; k += 2, to += stride) {
+    for (int64_t k = 0; k < size; k += 2, panel += PANEL) {
         __m512i pair[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};  // an odd number of rows: 0 at the end
         for (int64_t i = 0; i < std::min<int64_t>(2, size - k); ++i) {
-            const bf16* at = row(k + i) + column;
-            pair[i] = _mm512_loadu_si512(at);
-            _mm_prefetch(reinterpret_cast<const char*>(at + PANEL), _MM_HINT_T0);  // of the next panel
+            pair[i] = _mm512_loadu_si512(row(k + i) + column);
         }
-        _mm512_store_si512(to, _mm512_permutex2var_epi16(pair[0], low, pair[1]));
-        _mm512_store_si512(to + LANES, _mm512_permutex2var_epi16(pair[0], high, pair[1]));
+        _mm512_store_si512(panel, _mm512_permutex2var_epi16(pair[0], low, pair[1]));
+        _mm512_store_si512(panel + LANES, _mm512_permutex2var_epi16(pair[0], high, pair[1]));
     }
 }
 
 // --- products
 
+// Where the next panel will be packed from: a line of memory for each k of it. The products fetch them, one with every
+// pair of k, and so hide the time that this takes; two groups of rows fetch all.
+struct Upcoming {
+    const char* line;
+    int64_t step;
+
+    Upcoming of_group(int64_t group, int64_t k_pairs) const {
+        return group < 2 ? Upcoming{line + group * k_pairs * step, step} : Upcoming{line, 0};
+    }
+};
+
 // `size` rows by a panel: store(m, sums of columns 0 to 15, of 16 to 31).
 template <int64_t size, class Store>
-inline void multiply(const pairs* left, int64_t stride, const pairs* panel, int64_t k_pairs, int64_t row, Store& store) {
+inline void multiply(const pairs* left, int64_t stride, const pairs* panel, int64_t k_pairs, int64_t row,
+                     Upcoming upcoming, Store& store) {
     __m512 sum[size][2];
 #pragma GCC unroll 12
     for (int64_t m = 0; m < size; ++m) sum[m][0] = sum[m][1] = _mm512_setzero_ps();
-    for (int64_t k = 0; k < k_pairs; ++k, left += stride, panel += PANEL) {
+    for (int64_t k = 0; k < k_pairs; ++k, left += stride, panel += PANEL, upcoming.line += upcoming.step) {
+        _mm_prefetch(upcoming.line, _MM_HINT_T0);
         __m512bh first = (__m512bh)_mm512_load_si512(panel), second = (__m512bh)_mm512_load_si512(panel + LANES);
 #pragma GCC unroll 12
         for (int64_t m = 0; m < size; ++m) {
@@ -225,51 +235,74 @@ inline void multiply(const pairs* left, int64_t stride, const pairs* panel, int6
     for (int64_t m = 0; m < size; ++m) store(row + m, sum[m][0], sum[m][1]);
 }
 
-template <class Store> void multiply_panel(const Left& left, const pairs* panel, int64_t k_pairs, Store store) {
+template <class Store>
+void multiply_panel(const Left& left, const pairs* panel, int64_t k_pairs, Upcoming upcoming, Store store) {
     for (int64_t group = 0; group < left.groups(); ++group) {
         int64_t row = left.begin(group), size = left.begin(group + 1) - row;
         const pairs* data = left.data + (left.stride ? row : row * k_pairs);
         int64_t stride = left.stride ? left.stride : size;
+        Upcoming lines = upcoming.of_group(group, k_pairs);
         switch (size) {
-            case 1: multiply<1>(data, stride, panel, k_pairs, row, store); break;
-            case 2: multiply<2>(data, stride, panel, k_pairs, row, store); break;
-            case 3: multiply<3>(data, stride, panel, k_pairs, row, store); break;
-            case 4: multiply<4>(data, stride, panel, k_pairs, row, store); break;
-            case 5: multiply<5>(data, stride, panel, k_pairs, row, store); break;
-            case 6: multiply<6>(data, stride, panel, k_pairs, row, store); break;
-            case 7: multiply<7>(data, stride, panel, k_pairs, row, store); break;
-            case 8: multiply<8>(data, stride, panel, k_pairs, row, store); break;
-            case 9: multiply<9>(data, stride, panel, k_pairs, row, store); break;
-            case 10: multiply<10>(data, stride, panel, k_pairs, row, store); break;
-            case 11: multiply<11>(data, stride, panel, k_pairs, row, store); break;
-            case 12: multiply<ROWS>(data, stride, panel, k_pairs, row, store); break;
+            case 1: multiply<1>(data, stride, panel, k_pairs, row, lines, store); break;
+            case 2: multiply<2>(data, stride, panel, k_pairs, row, lines, store); break;
+            case 3: multiply<3>(data, stride, panel, k_pairs, row, lines, store); break;
+            case 4: multiply<4>(data, stride, panel, k_pairs, row, lines, store); break;
+            case 5: multiply<5>(data, stride, panel, k_pairs, row, lines, store); break;
+            case 6: multiply<6>(data, stride, panel, k_pairs, row, lines, store); break;
+            case 7: multiply<7>(data, stride, panel, k_pairs, row, lines, store); break;
+            case 8: multiply<8>(data, stride, panel, k_pairs, row, lines, store); break;
+            case 9: multiply<9>(data, stride, panel, k_pairs, row, lines, store); break;
+            case 10: multiply<10>(data, stride, panel, k_pairs, row, lines, store); break;
+            case 11: multiply<11>(data, stride, panel, k_pairs, row, lines, store); break;
+            case 12: multiply<ROWS>(data, stride, panel, k_pairs, row, lines, store); break;
         }
     }
 }
 
-// c[m][n] = sum over k of left[m][k] right[n][k], n < columns: store(m, n, sums of n to n + 15, of n + 16 to n + 31).
+// c[m][n] = sum over k of left[m][k] w[n][k], n < columns: store(m, n, sums of n to n + 15, of n + 16 to n + 31).
 template <class Store>
-void multiply_rows(const Left& left, const bf16* right, int64_t columns, int64_t k_size, pairs* panel, Store store) {
+void multiply_transposed(const Left& left, const bf16* w, int64_t columns, int64_t k_size, pairs* panel, Store store) {
     for (int64_t n = 0; n < columns; n += PANEL) {
-        pack_rows(reinterpret_cast<const pairs*>(right + n * k_size), k_size / 2, panel);
-        multiply_panel(left, panel, k_size / 2, [&](int64_t m, __m512 low, __m512 high) { store(m, n, low, high); });
+        pack_rows(reinterpret_cast<const pairs*>(w + n * k_size), k_size / 2, panel);
+        Upcoming next{reinterpret_cast<const char*>(w + (n + PANEL) * k_size), LINE};  // 32 rows of K: K lines
+        multiply_panel(left, panel, k_size / 2, next, [&](int64_t m, __m512 low, __m512 high) { store(m, n, low, high); });
     }
 }
 
-// c[m][n] = sum over k of left[m][k] row(k)[n], n < columns.
-template <class Row, class Store>
-void multiply_columns(const Left& left, Row row, int64_t columns, int64_t k_size, pairs* panel, Store store) {
+// c[m][n] = sum over k of left[m][k] w[k][n], n < columns.
+template <class Store>
+void multiply_plain(const Left& left, const bf16* w, int64_t columns, int64_t k_size, pairs* panel, Store store) {
     for (int64_t n = 0; n < columns; n += PANEL) {
-        pack_columns(k_size, n, row, panel, PANEL);
-        int64_t k_pairs = (k_size + 1) / 2;
-        multiply_panel(left, panel, k_pairs, [&](int64_t m, __m512 low, __m512 high) { store(m, n, low, high); });
+        pack_columns(k_size, n, [&](int64_t k) { return w + k * columns; }, panel);
+        Upcoming next{reinterpret_cast<const char*>(w + n + PANEL), columns * static_cast<int64_t>(sizeof(bf16))};
+        multiply_panel(left, panel, k_size / 2, next, [&](int64_t m, __m512 low, __m512 high) { store(m, n, low, high); });
+    }
+}
+
+// c[m][n] = sum over k of left(k)[m] right(k)[n], of rows in memory, and of any number of them.
+template <class LeftRow, class RightRow>
+void multiply_outer(LeftRow left, int64_t height, RightRow right, int64_t width, int64_t k_size, pairs* panel,
+                    pairs* all_right, bf16* to) {
+    int64_t k_pairs = (k_size + 1) / 2;
+    for (int64_t n = 0; n < width; n += PANEL) pack_columns(k_size, n, right, all_right + n * k_pairs);
+    // Row by row of the result, as memory takes whole rows far faster than lines of one column after the other.
+    for (int64_t row = 0; row < height; row += PANEL) {
+        pack_columns(k_size, row, left, panel);
+        for (int64_t n = 0; n < width; n += PANEL) {
+            const pairs* of_columns = all_right + n * k_pairs;
+            Upcoming none{reinterpret_cast<const char*>(of_columns), 0};
+            multiply_panel({panel, PANEL, PANEL}, of_columns, k_pairs, none, [&](int64_t m, __m512 low, __m512 high) {
+                // Nobody reads it soon: past the caches, which then need not fetch the line before.
+                _mm512_stream_si512(reinterpret_cast<__m512i*>(to + (row + m) * width + n), narrow(low, high));
+            });
+        }
     }
 }
 
 // --- one thread's memory
 
 struct Scratch {
-    pairs *panel, *left, *columns;
+    pairs *panel, *left, *right;
     bf16 *active, *grad_hidden;
     float* grad_active;
     int64_t bytes;  // of all of it
@@ -280,7 +313,7 @@ struct Scratch {
         panel = take<pairs>(base, PANEL * std::max(widest / 2, backward ? row_pairs : 0));
         left = take<pairs>(base, block * widest / 2 + LANES);
         active = take<bf16>(base, (backward ? most_rows : block) * call.hidden_size);
-        columns = take<pairs>(base, backward ? row_pairs * widest : 0);
+        right = take<pairs>(base, backward ? row_pairs * widest : 0);
         grad_hidden = take<bf16>(base, backward ? most_rows * inner : 0);
         grad_active = take<float>(base, backward ? block * call.hidden_size : 0);
     }
@@ -315,13 +348,13 @@ template <Activation kind> struct Expert {
             int64_t block = std::min(BLOCK, rows - start);
             auto token = [&](int64_t m) { return of_token(call.x, start + m); };
             Left left = pack_left(block, d_model() / 2, token, scratch.left);
-            multiply_rows(left, up(), inner_size(), d_model(), scratch.panel,
-                          to_rows(call.hidden + (first + start) * inner_size(), inner_size()));
+            multiply_transposed(left, up(), inner_size(), d_model(), scratch.panel,
+                                to_rows(call.hidden + (first + start) * inner_size(), inner_size()));
             for (int64_t row = 0; row < block; ++row) activate_row(start + row, scratch.active + row * hidden_size());
             auto active = [&](int64_t m) { return scratch.active + m * hidden_size(); };
             left = pack_left(block, hidden_size() / 2, active, scratch.left);
-            multiply_rows(left, down(), d_model(), hidden_size(), scratch.panel,
-                          to_rows(call.y + (first + start) * d_model(), d_model()));
+            multiply_transposed(left, down(), d_model(), hidden_size(), scratch.panel,
+                                to_rows(call.y + (first + start) * d_model(), d_model()));
         }
     }
 
@@ -330,21 +363,19 @@ template <Activation kind> struct Expert {
             int64_t block = std::min(BLOCK, rows - start);
             auto grad = [&](int64_t m) { return of_token(call.grad, start + m); };
             Left left = pack_left(block, d_model() / 2, grad, scratch.left);
-            auto down_row = [&](int64_t k) { return down() + k * hidden_size(); };
-            multiply_columns(left, down_row, hidden_size(), d_model(), scratch.panel,
-                             [&](int64_t m, int64_t n, __m512 low, __m512 high) {
-                                 float* to = scratch.grad_active + m * hidden_size() + n;
-                                 _mm512_store_ps(to, low);
-                                 _mm512_store_ps(to + LANES, high);
-                             });
+            multiply_plain(left, down(), hidden_size(), d_model(), scratch.panel,
+                           [&](int64_t m, int64_t n, __m512 low, __m512 high) {
+                               float* to = scratch.grad_active + m * hidden_size() + n;
+                               _mm512_store_ps(to, low);
+                               _mm512_store_ps(to + LANES, high);
+                           });
             for (int64_t row = 0; row < block; ++row)
                 activate_row_backward(start + row, scratch.grad_active + row * hidden_size());
             if (call.grad_x) {
                 auto grad_hidden = [&](int64_t m) { return scratch.grad_hidden + (start + m) * inner_size(); };
                 left = pack_left(block, inner_size() / 2, grad_hidden, scratch.left);
-                auto up_row = [&](int64_t k) { return up() + k * d_model(); };
-                multiply_columns(left, up_row, d_model(), inner_size(), scratch.panel,
-                                 to_rows(call.grad_x + (first + start) * d_model(), d_model()));
+                multiply_plain(left, up(), d_model(), inner_size(), scratch.panel,
+                               to_rows(call.grad_x + (first + start) * d_model(), d_model()));
             }
         }
         auto grad = [&](int64_t k) { return of_token(call.grad, k); };
@@ -359,17 +390,10 @@ template <Activation kind> struct Expert {
     template <class LeftRow, class RightRow>
     void weight_grad(LeftRow left, int64_t height, RightRow right, int64_t width, bf16* grad) const {
         grad += index * height * width;
-        if (!rows) {
+        if (rows)
+            multiply_outer(left, height, right, width, rows, scratch.panel, scratch.right, grad);
+        else
             std::memset(grad, 0, height * width * sizeof(bf16));
-            return;
-        }
-        for (int64_t column = 0; column < height; column += PANEL)
-            pack_columns(rows, column, left, scratch.columns + column, height);
-        multiply_columns({scratch.columns, height, height}, right, width, rows, scratch.panel,
-                         [&](int64_t m, int64_t n, __m512 low, __m512 high) {
-                             // Nobody reads it soon: past the caches, so that the line is not fetched before.
-                             _mm512_stream_si512(reinterpret_cast<__m512i*>(grad + m * width + n), narrow(low, high));
-                         });
     }
 
     // The weighted activation of one row. It takes what is stored, rounded, as the backward pass will.
