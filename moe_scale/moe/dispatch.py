@@ -24,7 +24,8 @@ class DispatchPlan(NamedTuple):
     token_N: Tensor
     """int64 token that each row copies."""
     counts_E: Tensor
-    """int64 rows that each expert receives, summing to N."""
+    """int64 rows that each expert receives. They sum to N, or to less: the rows after them are no expert's, may hold
+    anything, and nothing of them may reach a token."""
     weight_N: Tensor
     """Factor of each row's output in its token's sum; carries the router's gradient."""
     place_TK: Tensor | None
@@ -55,6 +56,7 @@ def plan_dispatch(
     drop_policy: DropPolicy = "position",
     valid_T: Tensor | None = None,
     rescale_kept: bool = False,
+    trim: bool = True,
 ) -> DispatchPlan:
     """Sort the routed rows by expert.
 
@@ -68,6 +70,8 @@ def plan_dispatch(
             then second choices, and so on (GShard, arXiv 2006.16668, algorithm 1); ``probability``: the most probable.
         valid_T: False for padding, which is sent nowhere and takes no capacity.
         rescale_kept: each token's weights are rescaled to sum to 1 over the choices that are kept.
+        trim: leave no row that is no expert's. Where choices can go nowhere that means to read how many stay, for which
+            the host waits for the device.
     """
     nowhere = num_experts
     ids_N = ids_TK.flatten()
@@ -84,14 +88,16 @@ def plan_dispatch(
     if rescale_kept:
         weights_TK = weights_TK * (ids_N != nowhere).view_as(ids_TK)
         weights_TK = weights_TK / weights_TK.sum(dim=1, keepdim=True).clamp(min=torch.finfo(weights_TK.dtype).eps)
-    order = ids_N.argsort(stable=True)
+    order = by_expert = ids_N.argsort(stable=True)
     counts_E = count_ids(ids_N, num_experts + 1)[:num_experts]
-    # Reading a count back makes the host wait for the device, so it is done only when some pair can go nowhere.
-    some_stay = rows_per_expert is not None or valid_T is not None
-    num_rows = int(counts_E.sum()) if some_stay else ids_N.numel()
-    place = torch.empty_like(order)
-    place[order] = torch.arange(order.numel(), device=order.device).clamp(max=num_rows)
-    order = order[:num_rows]
+    rows_N = torch.arange(order.numel(), device=order.device)
+    if rows_per_expert is not None or valid_T is not None:  # some choices may go nowhere: they were sorted to the end
+        num_rows = counts_E.sum()
+        if trim:
+            order = order[: int(num_rows)]
+        rows_N = torch.where(rows_N < num_rows, rows_N, order.numel())
+    place = torch.empty_like(rows_N)
+    place[by_expert] = rows_N
     top_k = ids_TK.shape[1]
     return DispatchPlan(order // top_k, counts_E, weights_TK.flatten()[order], place.view_as(ids_TK), dropped)
 

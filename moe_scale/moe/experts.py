@@ -60,7 +60,7 @@ class Experts(Adaptable):
 
         Args:
             x: the tokens x_TD with a plan; without one rows x_RD sorted by local expert, as an exchange leaves them.
-            counts_L: int64 rows of each local expert.
+            counts_L: int64 rows of each local expert; they come first, and rows after them are no expert's.
 
         Returns:
             y_TD, each token's weighted sum, with a plan; without one y_RD, the rows' outputs.
@@ -88,7 +88,8 @@ class Experts(Adaptable):
 def _with_bias(y_RO: Tensor, bias_LO: Tensor | None, counts_L: Tensor) -> Tensor:
     if bias_LO is None:
         return y_RO
-    return y_RO + bias_LO.repeat_interleave(counts_L, dim=0, output_size=len(y_RO))
+    rest = (len(y_RO) - counts_L.sum()).unsqueeze(0)  # rows of no expert, which get a bias of 0
+    return y_RO + F.pad(bias_LO, (0, 0, 0, 1)).repeat_interleave(torch.cat([counts_L, rest]), 0, output_size=len(y_RO))
 
 
 class SharedExpert(Adaptable):

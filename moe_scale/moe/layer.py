@@ -186,6 +186,8 @@ class MoELayer(SparseLayer):
             rows_per_expert=rows,
             drop_policy=drop_policy,
             rescale_kept=as_deepspeed and config.top_k > 1,
+            # An exchange sends rows that are somebody's. The loops of a CPU like fewer rows, and wait for nothing.
+            trim=self.groups.ep_size > 1 or (routing.ids_TK.device.type == "cpu" and config.kernels != "triton"),
         )
 
     def placements(self) -> dict[str, Placement]:

@@ -35,8 +35,17 @@ def no_waiting() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def make(router: str, dtype: torch.dtype, kernels: str = "torch") -> tuple[MoELayer, Tensor, Tensor]:
-    config = MoEConfig(num_experts=8, top_k=2, intermediate_size=64, router=router, kernels=kernels)  # type: ignore[arg-type]
+def make(
+    router: str, dtype: torch.dtype, kernels: str = "torch", dispatch: str = "dropless"
+) -> tuple[MoELayer, Tensor, Tensor]:
+    config = MoEConfig(
+        num_experts=8,
+        top_k=2,
+        intermediate_size=64,
+        router=router,
+        kernels=kernels,
+        dispatch=dispatch,  # type: ignore[arg-type]
+    )
     layer = MoELayer(config, 128, ParallelGroups(), Init(0)).to("cuda", dtype).eval()
     generator = torch.Generator().manual_seed(0)
     x_BSD = torch.randn(2, 96, 128, generator=generator).to("cuda", dtype)
@@ -65,14 +74,38 @@ def test_bf16_layer_agrees_with_fp32_on_the_cpu(router: str, kernels: str) -> No
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("dispatch", ["dropless", "capacity"])
+def test_padding_and_drops_agree_with_fp32_on_the_cpu(dispatch: str, kernels: str) -> None:
+    """The rows of no expert are not cut off on a GPU: neither they nor what they hold may reach a token or a weight."""
+    layer, x_BSD, _ = make("softmax", torch.bfloat16, kernels, dispatch)
+    valid_BS = torch.rand(2, 96, generator=torch.Generator().manual_seed(1)) < 0.7
+    reference = make("softmax", torch.float32, dispatch=dispatch)[0].to("cpu")
+    reference.load_state_dict({name: value.float().cpu() for name, value in layer.state_dict().items()})
+    spoiled = torch.full((1 << 26,), float("nan"), device="cuda")
+    del spoiled
+    y_BSD = layer(x_BSD, valid_BS.cuda())[0]
+    expected = reference(x_BSD.float().cpu(), valid_BS)[0]
+    y_BSD.float().square().mean().backward()
+    expected.square().mean().backward()
+    assert torch.isclose(y_BSD.float().cpu(), expected, rtol=5e-2, atol=5e-2).float().mean() > 0.99
+    for name, parameter in layer.named_parameters():
+        ours, theirs = parameter.grad, reference.get_parameter(name).grad
+        assert ours is not None
+        assert theirs is not None
+        assert (ours.float().cpu() - theirs).norm() / theirs.norm() < 0.1, name
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("router", ROUTERS)
-def test_the_host_never_waits_for_the_layer(router: str, kernels: str) -> None:
-    layer, x_BSD, ids_BS = make(router, torch.bfloat16, kernels)
+@pytest.mark.parametrize(("dispatch", "padding"), [("dropless", False), ("capacity", False), ("dropless", True)])
+def test_the_host_never_waits_for_the_layer(dispatch: str, padding: bool, router: str, kernels: str) -> None:
+    layer, x_BSD, ids_BS = make(router, torch.bfloat16, kernels, dispatch)
+    valid_BS = torch.rand(2, 96, device="cuda") < 0.7 if padding else None
     layer.train()
     x_BSD.requires_grad_()
-    layer(x_BSD, None, ids_BS)[0].sum().backward()  # warm up
+    layer(x_BSD, valid_BS, ids_BS)[0].sum().backward()  # warm up
     with no_waiting():
-        y_BSD, stats = layer(x_BSD, None, ids_BS)
+        y_BSD, stats = layer(x_BSD, valid_BS, ids_BS)
         (y_BSD.float().mean() + stats.aux_loss + stats.z_loss).backward()
 
 

@@ -18,7 +18,8 @@ def grouped_linear(x_RI: Tensor, w_LOI: Tensor, counts_L: Tensor) -> Tensor:
     Args:
         x_RI: rows sorted by expert.
         w_LOI: a matrix an expert, laid out as in ``nn.Linear``.
-        counts_L: int64 rows of each expert, summing to R. An expert may have none; its gradient is then zero.
+        counts_L: int64 rows of each expert. An expert may have none; its gradient is then zero. Rows beyond their sum
+            are no expert's: their outputs and gradients hold anything, and nothing of them is in the weights' gradient.
 
     Returns:
         y_RO in the type of ``x_RI``.

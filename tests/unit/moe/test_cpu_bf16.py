@@ -132,7 +132,7 @@ def test_it_rounds_less_than_torchs_products(
 @runs_here
 @pytest.mark.parametrize("rows", [*range(1, 27), 191, 192, 193, 385])
 def test_whole_numbers_come_out_exact(rows: int) -> None:
-    """Every size of a group of rows, odd numbers of them, more than a block: where nothing is rounded, nothing differs."""
+    """Groups of every size, odd numbers of rows, more than a block: where nothing is rounded, nothing differs."""
     ids_TK = torch.arange(2).repeat(rows).view(-1, 1)  # as many rows for each of two experts, in turn
     case = make(ids_TK, 2, 64, 32, "relu", whole_numbers=True)
     exact = case.to(torch.float64).run("relu")

@@ -14,6 +14,7 @@ from moe_scale.initialization import Init
 from moe_scale.moe.dispatch import DispatchPlan, combine_rows, gather_rows, plan_dispatch
 from moe_scale.moe.experts import Experts
 from moe_scale.moe.kernels import cpu_experts as kernel
+from moe_scale.moe.low_rank import LowRank
 from moe_scale.parallel.groups import ParallelGroups
 
 D_MODEL, NUM_EXPERTS = 16, 6
@@ -87,6 +88,38 @@ def test_options_that_it_lacks_take_the_steps_one_by_one(options: dict[str, obje
     torch.manual_seed(0)
     for ours, theirs in zip(found, results(experts, x_TD, plan, joined=False), strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("options", [{}, {"expert_bias": True}, {"activation": "gelu"}, {"adapted": True}], ids=str)
+def test_rows_of_no_expert_reach_nothing(options: dict[str, object]) -> None:
+    """A plan that the host has not cut, as a GPU gets it: its last rows are of no expert, and hold NaN here."""
+    adapted = options.pop("adapted", False)
+    experts = make_experts(torch.float64, **options)
+    if adapted:
+        for name, weight in (("gate_up", experts.gate_up), ("down", experts.down)):
+            adapter = LowRank(weight.shape, 2, 0.5, 0.0, Init(1) / name, ParallelGroups()).double()
+            torch.nn.init.normal_(adapter.B)
+            experts.add_module(f"lora_{name}", adapter)
+    if experts.gate_up_bias is not None:
+        torch.nn.init.normal_(experts.gate_up_bias)
+    generator = torch.Generator().manual_seed(0)
+    x_TD = torch.randn(40, D_MODEL, generator=generator, dtype=torch.float64, requires_grad=True)
+    ids_TK = torch.rand(40, NUM_EXPERTS, generator=generator).topk(2).indices
+    weights_TK = torch.rand(40, 2, generator=generator, dtype=torch.float64, requires_grad=True)
+    valid_T = torch.rand(40, generator=generator) < 0.8
+    found = []
+    torch.use_deterministic_algorithms(True)  # which fills what is not written with NaN
+    try:
+        for trim in (True, False):
+            plan = plan_dispatch(ids_TK, weights_TK, NUM_EXPERTS, rows_per_expert=9, valid_T=valid_T, trim=trim)
+            assert (len(plan.token_N) == int(plan.counts_E.sum())) == trim
+            y_TD = combine_rows(experts.run_rows(gather_rows(x_TD, plan), plan.counts_E), plan, 40)
+            wanted = [x_TD, weights_TK, *experts.parameters()]
+            found.append([y_TD, *torch.autograd.grad(y_TD.square().sum(), wanted)])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for whole, cut in zip(*found, strict=True):
+        torch.testing.assert_close(whole, cut, rtol=1e-13, atol=1e-13)
 
 
 def test_frozen_weights_get_no_gradient() -> None:

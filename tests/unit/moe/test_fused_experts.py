@@ -103,16 +103,18 @@ class NoLaunch:
         return lambda *args, **kwargs: None
 
 
-def test_the_host_reads_nothing_back(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("padding", [False, True])
+@pytest.mark.parametrize("dispatch", ["dropless", "capacity"])
+def test_the_host_reads_nothing_back(dispatch: str, padding: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors on the meta device have no values: reading one on the host is an error."""
     from moe_scale.moe.kernels import grouped_gemm_triton
 
     for name in {name for name, _ in KERNELS.values()}:
         monkeypatch.setattr(grouped_gemm_triton, name, NoLaunch())
-    config = MoEConfig(kernels="triton", num_experts=8, intermediate_size=64)
+    config = MoEConfig(kernels="triton", num_experts=8, intermediate_size=64, dispatch=dispatch)  # type: ignore[arg-type]
     layer = MoELayer(config, 128, ParallelGroups(), Init(0)).to("meta", torch.bfloat16)
     x_BSD = torch.randn(2, 96, 128, device="meta", dtype=torch.bfloat16, requires_grad=True)
-    y_BSD, stats = layer(x_BSD)
+    y_BSD, stats = layer(x_BSD, torch.ones(2, 96, device="meta", dtype=torch.bool) if padding else None)
     (y_BSD.float().mean() + stats.aux_loss + stats.z_loss).backward()
     assert x_BSD.grad is not None
     assert {name for name, p in layer.named_parameters() if p.grad is None} == set()
