@@ -33,6 +33,10 @@ FLAGS = (
     *(f"-m{name.replace('_', '')}" for name in INSTRUCTIONS),
 )  # fmt: skip
 ACTIVATIONS = {"swiglu": 0, "gelu": 1, "relu": 2}
+DTYPES = {
+    "token": torch.int64, "weight": torch.float32, "grad_weight": torch.float32, "scratch": torch.uint8,
+}  # fmt: skip
+"""Of the arguments that are not bf16."""
 BUILD_TIMEOUT_S = 120
 
 
@@ -106,7 +110,9 @@ def _run(direction: str, call: _Call, counts: list[int], **tensors: Tensor | Non
 def _point(call: _Call, **tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
         if tensor is not None:
-            assert tensor.is_contiguous(), f"{name} is not contiguous"
+            expected = DTYPES.get(name, torch.bfloat16)
+            if tensor.dtype != expected or not tensor.is_contiguous():
+                raise TypeError(f"{name} has to be contiguous and {expected}, not {tensor.dtype}, {tensor.stride()}")
             setattr(call, name, tensor.data_ptr())
 
 

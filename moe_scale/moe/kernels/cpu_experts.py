@@ -1,4 +1,4 @@
-"""The experts on a CPU, with the gather before and the combine after them, as one Function.
+"""The experts on a CPU, with the gather before and the combine after them, by torch's products or a compiled kernel.
 
 Shapes: T tokens, K experts per token, L experts, N rows sorted by expert, R rows of one expert, D model width, F expert
 hidden width; I = 2F for a gated activation, else F.
@@ -46,24 +46,47 @@ def cpu_experts(
     weight_N, token_N, place_TK = (None, None, None) if plan is None else (plan.weight_N, plan.token_N, plan.place_TK)
     counts = counts_L.tolist()
     compiled = compiled and not _uneven(counts) and cpu_bf16.takes(x.dtype, *down_LDF.shape[1:])
-    return _CPUExperts.apply(x, weight_N, gate_up_LID, down_LDF, token_N, place_TK, counts, activation, compiled)
+    rows_ND = x if token_N is None else _RowsOfTokens.apply(x, token_N, place_TK)
+    return _CPUExperts.apply(
+        rows_ND, x, weight_N, gate_up_LID, down_LDF, token_N, place_TK, counts, activation, compiled
+    )
+
+
+class _RowsOfTokens(torch.autograd.Function):
+    """Stands for the rows x_TD[token_N], which the experts gather for themselves: it has their shape, and no memory.
+
+    So each token's sum of its rows' gradients is a step of its own, which comes when the hidden layer is let go of.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, token_N: Tensor, place_TK: Tensor | None) -> Tensor:
+        ctx.save_for_backward(token_N, place_TK)
+        ctx.num_tokens = len(x_TD)
+        return x_TD.new_zeros(()).expand(_rows_to_sum(len(token_N), place_TK), x_TD.shape[1])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        token_N, place_TK = ctx.saved_tensors
+        return _sum_of_tokens(grads[0], token_N, place_TK, ctx.num_tokens), None, None
 
 
 class _CPUExperts(torch.autograd.Function):
     """y[t] = sum over its rows n of down_e(weight[n] * activation(up_e(x[t]))), e the expert of n.
 
-    The weight stands before the last map, where its gradient needs no output of an expert to be kept. The parameters
-    themselves are what is saved, never a view: ZeRO-3 takes a gathered parameter's memory back by emptying it.
+    The gradient by x is that of the rows, the first argument, whose values are not read. The weight stands before the
+    last map, where its gradient needs no output of an expert to be kept. The parameters themselves are what is saved,
+    never a view: ZeRO-3 takes a gathered parameter's memory back by emptying it.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x_TD: Tensor, weight_N: Tensor | None, gate_up_LID: Tensor, down_LDF: Tensor,
+        ctx: Any, rows_ND: Tensor, x_TD: Tensor, weight_N: Tensor | None, gate_up_LID: Tensor, down_LDF: Tensor,
         token_N: Tensor | None, place_TK: Tensor | None, counts: list[int], activation: str, compiled: bool,
     ) -> Tensor:  # fmt: skip
         x_TD, wide = x_TD.contiguous(), product_dtype(x_TD.dtype)
         hidden_NI = x_TD.new_empty(sum(counts), gate_up_LID.shape[1])
-        y_ND = _rows_to_sum(x_TD, len(hidden_NI), place_TK)
+        y_ND = _new_rows(x_TD, len(hidden_NI), place_TK)
 
         def run(expert: int, rows: slice) -> None:
             hidden_RI = hidden_NI[rows]
@@ -88,8 +111,8 @@ class _CPUExperts(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x_TD, weight_N, gate_up_LID, down_LDF, token_N, place_TK, hidden_NI = ctx.saved_tensors
         wide, grad_TD = product_dtype(x_TD.dtype), grads[0].contiguous()
-        want_x, want_weight, want_gate_up, want_down = ctx.needs_input_grad[:4]
-        grad_x_ND = _rows_to_sum(x_TD, len(hidden_NI), place_TK) if want_x else None
+        want_rows, _, want_weight, want_gate_up, want_down = ctx.needs_input_grad[:5]
+        grad_x_ND = _new_rows(x_TD, len(hidden_NI), place_TK) if want_rows else None
         grad_weight_N = torch.empty_like(weight_N) if want_weight else None
         grad_gate_up_LID = torch.empty_like(gate_up_LID) if want_gate_up else None
         grad_down_LDF = torch.empty_like(down_LDF) if want_down else None
@@ -116,8 +139,7 @@ class _CPUExperts(torch.autograd.Function):
             )  # fmt: skip
         else:
             for_each_expert(run, ctx.counts)
-        grad_x = None if grad_x_ND is None else _sum_of_tokens(grad_x_ND, token_N, place_TK, len(x_TD))
-        return grad_x, grad_weight_N, grad_gate_up_LID, grad_down_LDF, None, None, None, None, None
+        return grad_x_ND, None, grad_weight_N, grad_gate_up_LID, grad_down_LDF, None, None, None, None, None
 
 
 def activate(hidden_RI: Tensor, activation: str) -> Tensor:
@@ -162,10 +184,14 @@ def _take(x_TD: Tensor, token_N: Tensor | None, rows: slice, dtype: torch.dtype)
     return (x_TD[rows] if token_N is None else x_TD.index_select(0, token_N[rows])).to(dtype)
 
 
-def _rows_to_sum(x_TD: Tensor, num_rows: int, place_TK: Tensor | None) -> Tensor:
-    """Space for N rows, and for a row of zeros after them where a choice goes nowhere."""
-    nowhere = place_TK is not None and place_TK.numel() > num_rows
-    rows_ND = x_TD.new_empty(num_rows + nowhere, x_TD.shape[1])
+def _rows_to_sum(num_rows: int, place_TK: Tensor | None) -> int:
+    """The N rows that tokens sum, and one of zeros after them where a choice goes nowhere."""
+    return num_rows + (place_TK is not None and place_TK.numel() > num_rows)
+
+
+def _new_rows(x_TD: Tensor, num_rows: int, place_TK: Tensor | None) -> Tensor:
+    """Space for those rows, of which the zeros are there."""
+    rows_ND = x_TD.new_empty(_rows_to_sum(num_rows, place_TK), x_TD.shape[1])
     rows_ND[num_rows:] = 0
     return rows_ND
 
