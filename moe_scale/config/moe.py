@@ -44,7 +44,8 @@ class MoEConfig(Strict):
     kernels: Literal["auto", "torch", "triton"] = setting(
         "auto",
         "backend custom: the experts by torch's matrix products, or by Triton kernels that gather and combine too, on "
-        "a GPU; auto is torch, and on a CPU in bf16 a kernel compiled here, where there are g++ and AVX512-BF16",
+        "a GPU; auto is torch, and on a CPU in bf16 a kernel compiled here, where there are g++, AVX512-BF16, no AMX "
+        "and widths that are multiples of 32",
     )
     num_experts: PositiveInt = setting(64, "experts per layer (E)")
     top_k: PositiveInt = setting(2, "experts that each token is sent to (K)")

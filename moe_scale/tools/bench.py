@@ -199,7 +199,7 @@ def _circumstances(config: MoEConfig, arguments: argparse.Namespace) -> Row:
         "device": device.name,
         "emulated": device.is_cpu and _is_emulated(arguments.dtype),
         "compiled": device.is_cpu
-        and cpu_bf16.takes(DTYPES[arguments.dtype], arguments.d_model, config.intermediate_size),
+        and cpu_bf16.has_kernel(DTYPES[arguments.dtype], arguments.d_model, config.intermediate_size),
         "threads": torch.get_num_threads(),
         "rounds": arguments.rounds,
         "load_average": os.getloadavg()[0],

@@ -8,8 +8,8 @@
 // [k / 2][n] on the right, of which 32 columns are in registers. How a matrix comes to lie like that depends on which of
 // its dimensions is summed over: `pack_rows` transposes, `pack_columns` interleaves two rows.
 //
-// An expert has few rows, so what counts is that its weights come from memory once in a pass and in order. A panel of 32
-// of their columns is packed into the cache and multiplied with all rows of the expert while the next one is fetched.
+// An expert has few rows, so what counts is that its weights come from memory once in a pass (once for every 192 rows). A
+// panel of 32 of their columns is packed into the cache, and is multiplied with all those rows while the next is fetched.
 
 #include <immintrin.h>
 #include <omp.h>
@@ -41,17 +41,20 @@ struct Call {
     const int64_t* counts;      // [E] rows of each expert
     const int64_t* token;       // [N] which row of x a row is; null: itself
     const float* weight;        // [N] factor of each row's output; null: 1
-    const bf16 *x, *up, *down;  // [T, D], [E, I, D], [E, D, F]
+    const bf16 *x, *up, *down;  // [T, D] or without tokens [N, D]; [E, I, D]; [E, D, F]
     bf16* hidden;               // [N, I] what stands before the activation: the forward pass writes it
     char* scratch;              // as many bytes as moe_experts_scratch says, aligned to 64
-    bf16* y;                    // [N, D], of the forward pass
-    const bf16* grad;           // [T, D] gradient of the tokens' sums, as are all below of the backward pass
+    // The forward pass alone:
+    bf16* y;  // [N, D] the rows' weighted outputs
+    // The backward pass alone:
+    const bf16* grad;           // [T, D] or [N, D], gradient of each token's sum
     bf16* grad_x;               // [N, D]
     float* grad_weight;         // [N]
-    bf16 *grad_up, *grad_down;  // as up and down
+    bf16 *grad_up, *grad_down;  // as up and down; aligned to 64
 
     int64_t inner_size() const { return activation == SWIGLU ? 2 * hidden_size : hidden_size; }
 };
+static_assert(sizeof(Call) == 19 * 8, "as the structure in cpu_bf16.py");
 
 namespace {
 
@@ -68,19 +71,20 @@ inline void store_narrow(bf16* to, __m512 value) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(value));
 }
 
-inline __m512 all(float value) { return _mm512_set1_ps(value); }
+inline __m512 broadcast(float value) { return _mm512_set1_ps(value); }
 
 // e^x to within the rounding of fp32. Cody and Waite's reduction by ln 2 in two parts; the polynomial is that of Cephes.
 inline __m512 exponential(__m512 x) {
-    // The bounds are where the result is 0 and infinite. They come first, as a NaN in the second operand passes by.
-    x = _mm512_max_ps(all(-104.0f), _mm512_min_ps(all(104.0f), x));
-    __m512 power = _mm512_roundscale_ps(_mm512_mul_ps(x, all(1.44269504088896341f)), _MM_FROUND_TO_NEAREST_INT);
-    __m512 rest = _mm512_fnmadd_ps(power, all(0.693359375f), x);
-    rest = _mm512_fnmadd_ps(power, all(-2.12194440e-4f), rest);
-    __m512 sum = all(1.9875691500e-4f);
+    // The bounds are where the result is 0 and infinite. Of two numbers one of which is none, these instructions take the
+    // second: so x stands there, and a NaN stays one.
+    x = _mm512_max_ps(broadcast(-104.0f), _mm512_min_ps(broadcast(104.0f), x));
+    __m512 power = _mm512_roundscale_ps(_mm512_mul_ps(x, broadcast(1.44269504088896341f)), _MM_FROUND_TO_NEAREST_INT);
+    __m512 rest = _mm512_fnmadd_ps(power, broadcast(0.693359375f), x);
+    rest = _mm512_fnmadd_ps(power, broadcast(-2.12194440e-4f), rest);
+    __m512 sum = broadcast(1.9875691500e-4f);
     for (float coefficient : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
-        sum = _mm512_fmadd_ps(sum, rest, all(coefficient));
-    sum = _mm512_fmadd_ps(_mm512_mul_ps(sum, rest), rest, _mm512_add_ps(rest, all(1.0f)));
+        sum = _mm512_fmadd_ps(sum, rest, broadcast(coefficient));
+    sum = _mm512_fmadd_ps(_mm512_mul_ps(sum, rest), rest, _mm512_add_ps(rest, broadcast(1.0f)));
     return _mm512_scalef_ps(sum, power);
 }
 
@@ -91,7 +95,7 @@ struct Activated {
 template <Activation kind> inline Activated activate(__m512 first, __m512 second);
 
 template <> inline Activated activate<SWIGLU>(__m512 gate, __m512 up) {
-    __m512 one = all(1.0f);
+    __m512 one = broadcast(1.0f);
     __m512 sigmoid = _mm512_div_ps(one, _mm512_add_ps(one, exponential(_mm512_sub_ps(_mm512_setzero_ps(), gate))));
     __m512 silu = _mm512_mul_ps(gate, sigmoid);
     __m512 slope = _mm512_fmadd_ps(silu, _mm512_sub_ps(one, sigmoid), sigmoid);
@@ -100,22 +104,22 @@ template <> inline Activated activate<SWIGLU>(__m512 gate, __m512 up) {
 
 // x times the normal distribution's cdf, whose tail is Abramowitz and Stegun's 7.1.26: off by 1.5e-7 at most.
 template <> inline Activated activate<GELU>(__m512 x, __m512) {
-    __m512 one = all(1.0f), size = _mm512_mul_ps(_mm512_abs_ps(x), all(0.70710678118654752f));
-    __m512 bell = exponential(_mm512_mul_ps(_mm512_mul_ps(x, x), all(-0.5f)));
-    __m512 t = _mm512_div_ps(one, _mm512_fmadd_ps(size, all(0.3275911f), one));
-    __m512 sum = all(1.061405429f);
+    __m512 one = broadcast(1.0f), size = _mm512_mul_ps(_mm512_abs_ps(x), broadcast(0.70710678118654752f));
+    __m512 bell = exponential(_mm512_mul_ps(_mm512_mul_ps(x, x), broadcast(-0.5f)));
+    __m512 t = _mm512_div_ps(one, _mm512_fmadd_ps(size, broadcast(0.3275911f), one));
+    __m512 sum = broadcast(1.061405429f);
     for (float coefficient : {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f})
-        sum = _mm512_fmadd_ps(sum, t, all(coefficient));
-    __m512 tail = _mm512_mul_ps(_mm512_mul_ps(all(0.5f), _mm512_mul_ps(sum, t)), bell);
+        sum = _mm512_fmadd_ps(sum, t, broadcast(coefficient));
+    __m512 tail = _mm512_mul_ps(_mm512_mul_ps(broadcast(0.5f), _mm512_mul_ps(sum, t)), bell);
     __mmask16 negative = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ);
     __m512 cdf = _mm512_mask_mov_ps(_mm512_sub_ps(one, tail), negative, tail);
-    return {_mm512_mul_ps(x, cdf), _mm512_fmadd_ps(_mm512_mul_ps(x, all(0.39894228040143268f)), bell, cdf), one};
+    return {_mm512_mul_ps(x, cdf), _mm512_fmadd_ps(_mm512_mul_ps(x, broadcast(0.39894228040143268f)), bell, cdf), one};
 }
 
 template <> inline Activated activate<RELU>(__m512 x, __m512) {
     // Not a maximum, which would make a NaN 0.
     __mmask16 positive = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_NLE_UQ);
-    return {_mm512_maskz_mov_ps(positive, x), _mm512_maskz_mov_ps(positive, all(1.0f)), all(1.0f)};
+    return {_mm512_maskz_mov_ps(positive, x), _mm512_maskz_mov_ps(positive, broadcast(1.0f)), broadcast(1.0f)};
 }
 
 // --- how matrices are laid out for a product
@@ -242,6 +246,7 @@ void multiply_panel(const Left& left, const pairs* panel, int64_t k_pairs, Upcom
         const pairs* data = left.data + (left.stride ? row : row * k_pairs);
         int64_t stride = left.stride ? left.stride : size;
         Upcoming lines = upcoming.of_group(group, k_pairs);
+        static_assert(ROWS == 12, "a case for each size of a group");
         switch (size) {
             case 1: multiply<1>(data, stride, panel, k_pairs, row, lines, store); break;
             case 2: multiply<2>(data, stride, panel, k_pairs, row, lines, store); break;
@@ -254,7 +259,7 @@ void multiply_panel(const Left& left, const pairs* panel, int64_t k_pairs, Upcom
             case 9: multiply<9>(data, stride, panel, k_pairs, row, lines, store); break;
             case 10: multiply<10>(data, stride, panel, k_pairs, row, lines, store); break;
             case 11: multiply<11>(data, stride, panel, k_pairs, row, lines, store); break;
-            case 12: multiply<ROWS>(data, stride, panel, k_pairs, row, lines, store); break;
+            case 12: multiply<12>(data, stride, panel, k_pairs, row, lines, store); break;
         }
     }
 }
@@ -282,14 +287,14 @@ void multiply_plain(const Left& left, const bf16* w, int64_t columns, int64_t k_
 // c[m][n] = sum over k of left(k)[m] right(k)[n], of rows in memory, and of any number of them.
 template <class LeftRow, class RightRow>
 void multiply_outer(LeftRow left, int64_t height, RightRow right, int64_t width, int64_t k_size, pairs* panel,
-                    pairs* all_right, bf16* to) {
+                    pairs* right_panels, bf16* to) {
     int64_t k_pairs = (k_size + 1) / 2;
-    for (int64_t n = 0; n < width; n += PANEL) pack_columns(k_size, n, right, all_right + n * k_pairs);
+    for (int64_t n = 0; n < width; n += PANEL) pack_columns(k_size, n, right, right_panels + n * k_pairs);
     // Row by row of the result, as memory takes whole rows far faster than lines of one column after the other.
     for (int64_t row = 0; row < height; row += PANEL) {
         pack_columns(k_size, row, left, panel);
         for (int64_t n = 0; n < width; n += PANEL) {
-            const pairs* of_columns = all_right + n * k_pairs;
+            const pairs* of_columns = right_panels + n * k_pairs;
             Upcoming none{reinterpret_cast<const char*>(of_columns), 0};
             multiply_panel({panel, PANEL, PANEL}, of_columns, k_pairs, none, [&](int64_t m, __m512 low, __m512 high) {
                 // Nobody reads it soon: past the caches, which then need not fetch the line before.
@@ -398,7 +403,7 @@ template <Activation kind> struct Expert {
 
     // The weighted activation of one row. It takes what is stored, rounded, as the backward pass will.
     void activate_row(int64_t row, bf16* active) const {
-        __m512 factor = all(weight(row));
+        __m512 factor = broadcast(weight(row));
         for (int64_t f = 0; f < hidden_size(); f += LANES)
             store_narrow(active + f, _mm512_mul_ps(activated(row, f).value, factor));
     }
@@ -406,7 +411,7 @@ template <Activation kind> struct Expert {
     // From the gradient of the second map's input, without the row's weight: what scratch keeps for the maps'
     // gradients, and the weight's gradient, which is the product of that input and this gradient.
     void activate_row_backward(int64_t row, const float* grad_active) const {
-        __m512 factor = all(weight(row)), grad_factor = _mm512_setzero_ps();
+        __m512 factor = broadcast(weight(row)), grad_factor = _mm512_setzero_ps();
         bf16* grad = scratch.grad_hidden + row * inner_size();
         for (int64_t f = 0; f < hidden_size(); f += LANES) {
             __m512 above = _mm512_load_ps(grad_active + f);

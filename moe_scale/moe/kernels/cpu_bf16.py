@@ -14,6 +14,7 @@ import functools
 import hashlib
 import logging
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -37,6 +38,8 @@ DTYPES = {
     "token": torch.int64, "weight": torch.float32, "grad_weight": torch.float32, "scratch": torch.uint8,
 }  # fmt: skip
 """Of the arguments that are not bf16."""
+ALIGNMENT = {"scratch": 64, "grad_up": 64, "grad_down": 64}
+"""Bytes that an argument has to be aligned to, as what torch allocates is."""
 BUILD_TIMEOUT_S = 120
 
 
@@ -47,15 +50,42 @@ class _Call(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("num_experts", "d_model", "hidden_size", "activation", "threads")),
         *(
             (name, ctypes.c_void_p)
-            for name in ("counts", "token", "weight", "x", "up", "down", "hidden", "scratch", "y", "grad", "grad_x")
+            for name in (
+                "counts", "token", "weight", "x", "up", "down", "hidden", "scratch", "y",
+                "grad", "grad_x", "grad_weight", "grad_up", "grad_down",
+            )
         ),
-        *((name, ctypes.c_void_p) for name in ("grad_weight", "grad_up", "grad_down")),
-    )
+    )  # fmt: skip
+
+    def point(self, **tensors: Tensor | None) -> None:
+        """Set fields to where tensors lie, if they lie as the source reads them.
+
+        Raises:
+            TypeError: a tensor of another type or layout.
+        """
+        for name, tensor in tensors.items():
+            if tensor is None:
+                continue
+            dtype = DTYPES.get(name, torch.bfloat16)
+            if tensor.dtype != dtype or not tensor.is_contiguous() or tensor.data_ptr() % ALIGNMENT.get(name, 1):
+                raise TypeError(f"{name} has to be contiguous {dtype}, not {tensor.dtype} of strides {tensor.stride()}")
+            setattr(self, name, tensor.data_ptr())
 
 
-def takes(dtype: torch.dtype, d_model: int, hidden_size: int) -> bool:
-    """Whether the kernel runs here, and has experts of these widths and type. Builds it when first asked."""
+def has_kernel(dtype: torch.dtype, d_model: int, hidden_size: int) -> bool:
+    """Whether this machine has a kernel for experts of these widths and type. Builds it when first asked."""
     return dtype == torch.bfloat16 and d_model % 32 == 0 and hidden_size % 32 == 0 and library() is not None
+
+
+def takes(x_TD: Tensor, weight_N: Tensor | None, gate_up_EID: Tensor, down_EDF: Tensor) -> bool:
+    """Whether the kernel can do it with these, and as they are: it converts nothing."""
+    return (
+        x_TD.dtype == gate_up_EID.dtype == down_EDF.dtype
+        and (weight_N is None or weight_N.dtype == torch.float32)
+        and gate_up_EID.is_contiguous()
+        and down_EDF.is_contiguous()
+        and has_kernel(x_TD.dtype, *down_EDF.shape[1:])
+    )
 
 
 def forward(
@@ -65,7 +95,7 @@ def forward(
     """What ``cpu_experts`` does before its sum: write ``hidden_NI`` and the rows' weighted outputs ``y_ND``.
 
     Args:
-        token_N: token that each row copies; None where ``x_TD`` are the rows.
+        token_N: token that each row copies, which is not checked; None where ``x_TD`` are the rows.
         weight_N: fp32 factor of each row's output, or None.
         counts: rows of each expert.
     """
@@ -91,29 +121,22 @@ def _call(
 ) -> _Call:
     num_experts, d_model, hidden_size = down_EDF.shape
     call = _Call(num_experts, d_model, hidden_size, ACTIVATIONS[kind], torch.get_num_threads())
-    _point(call, token=token_N, weight=weight_N, x=x_TD, up=gate_up_EID, down=down_EDF)
+    call.point(token=token_N, weight=weight_N, x=x_TD, up=gate_up_EID, down=down_EDF)
     return call
 
 
 def _run(direction: str, call: _Call, counts: list[int], **tensors: Tensor | None) -> None:
     built = library()
-    assert built is not None, "takes() says whether there is a library"
-    _point(call, **tensors)
+    assert built is not None, "has_kernel() says whether there is a library"
+    call.point(**tensors)
     kept = (ctypes.c_int64 * len(counts))(*counts)
     call.counts = ctypes.addressof(kept)
     size = built.moe_experts_scratch(ctypes.byref(call), direction == "backward")
-    scratch = torch.empty(size, dtype=torch.uint8)
-    _point(call, scratch=scratch)
+    scratch = torch.empty(size, dtype=torch.uint8, device="cpu")
+    call.point(scratch=scratch)
+    # What only addresses name has to outlive the call, also where torch.compile cuts this function into pieces.
+    call.held = kept, scratch
     getattr(built, f"moe_experts_{direction}")(ctypes.byref(call))
-
-
-def _point(call: _Call, **tensors: Tensor | None) -> None:
-    for name, tensor in tensors.items():
-        if tensor is not None:
-            expected = DTYPES.get(name, torch.bfloat16)
-            if tensor.dtype != expected or not tensor.is_contiguous():
-                raise TypeError(f"{name} has to be contiguous and {expected}, not {tensor.dtype}, {tensor.stride()}")
-            setattr(call, name, tensor.data_ptr())
 
 
 # --- building
@@ -122,52 +145,75 @@ def _point(call: _Call, **tensors: Tensor | None) -> None:
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The built kernel. None where the CPU lacks its instructions, or has AMX, with which torch's own products are
-    faster than these; and where there is no compiler, which is told once."""
+    faster than these; and where it can't be built or loaded, which is told once."""
     flags = cpu_flags()
     if not flags.issuperset(INSTRUCTIONS) or "amx_bf16" in flags:
         return None
     try:
-        built = ctypes.CDLL(str(build(_cache())))
-    except (OSError, subprocess.SubprocessError) as error:
-        log.warning("the experts take torch's products, which are slower: no kernel could be built (%s)", error)
+        return _load(build(_cache()))
+    except (OSError, AttributeError, subprocess.SubprocessError) as error:
+        log.warning("the experts take torch's products, which are slower: there is no kernel for them (%s)", error)
         return None
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    try:
+        built = ctypes.CDLL(str(path))
+    except OSError:  # a file that was damaged since: once more
+        path.unlink()
+        built = ctypes.CDLL(str(build(path.parent)))
     built.moe_experts_scratch.restype = ctypes.c_int64
     return built
 
 
 def build(folder: Path) -> Path:
-    """The library in ``folder``, compiled if it is not there yet.
+    """The library in ``folder``, compiled if it is not there yet: with ``g++``, or ``$CXX``, which should be a version
+    of it, as other compilers bring an OpenMP of their own, whose threads are not torch's.
 
     Its name says what it was made of. Any number of processes may build at once: each compiles beside it and then
     takes the name, so that nobody sees half a file and nobody waits for a process that has died.
 
     Raises:
-        OSError: no compiler (``$CXX``, or ``g++``), or the folder can't be written.
+        OSError: no compiler, or the folder can't be written.
         subprocess.SubprocessError: the compiler failed, or took more than two minutes.
     """
-    compiler = os.environ.get("CXX", "g++")
-    if shutil.which(compiler) is None:
-        raise FileNotFoundError(f"there is no compiler {compiler}; CXX names another")
+    compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
+    if shutil.which(compiler[0]) is None:
+        raise FileNotFoundError(f"there is no {compiler[0]}; set CXX to a g++")
     version = _compile(compiler, "--version")
     digest = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), version.encode(), " ".join(FLAGS).encode()])).hexdigest()
-    library_path = folder / f"cpu_bf16-{digest[:16]}.so"
-    if not library_path.exists():
+    path = folder / f"cpu_bf16-{digest[:16]}.so"
+    if not path.exists():
+        log.info("compiling %s to %s", SOURCE, path)
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as beside:
-            made = Path(beside) / library_path.name
+            made = Path(beside) / path.name
             _compile(compiler, *FLAGS, str(SOURCE), "-o", str(made))
-            made.replace(library_path)
-    return library_path
+            with made.open("rb") as file:
+                os.fsync(file.fileno())  # the name is not to outlive the content where the power goes
+            made.replace(path)
+    return path
 
 
-def _compile(compiler: str, *arguments: str) -> str:
-    result = subprocess.run([compiler, *arguments], capture_output=True, text=True, timeout=BUILD_TIMEOUT_S)
+def _compile(compiler: list[str], *arguments: str) -> str:
+    result = subprocess.run(
+        [*compiler, *arguments], capture_output=True, text=True, errors="replace", timeout=BUILD_TIMEOUT_S
+    )
     if result.returncode:
         last = (result.stderr.strip().splitlines() or ["no message"])[-1]
-        raise subprocess.SubprocessError(f"{compiler} ended with {result.returncode}: {last}")
+        raise subprocess.SubprocessError(f"{shlex.join(compiler)} ended with {result.returncode}: {last}")
     return result.stdout
 
 
 def _cache() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "moe_scale"
+    """The folder of what is built.
+
+    Raises:
+        OSError: this user has no home.
+    """
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "moe_scale"
+    try:
+        return Path.home() / ".cache" / "moe_scale"
+    except RuntimeError as error:
+        raise FileNotFoundError(f"{error}; set XDG_CACHE_HOME") from error

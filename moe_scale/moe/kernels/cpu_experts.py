@@ -45,7 +45,9 @@ def cpu_experts(
     """
     weight_N, token_N, place_TK = (None, None, None) if plan is None else (plan.weight_N, plan.token_N, plan.place_TK)
     counts = counts_L.tolist()
-    compiled = compiled and not _uneven(counts) and cpu_bf16.takes(x.dtype, *down_LDF.shape[1:])
+    if token_N is not None and len(token_N) != sum(counts):
+        raise ValueError(f"the plan has {len(token_N)} rows, and its experts {sum(counts)}: trim it")
+    compiled = compiled and not _uneven(counts) and cpu_bf16.takes(x, weight_N, gate_up_LID, down_LDF)
     rows_ND = x if token_N is None else _RowsOfTokens.apply(x, token_N, place_TK)
     return _CPUExperts.apply(
         rows_ND, x, weight_N, gate_up_LID, down_LDF, token_N, place_TK, counts, activation, compiled
@@ -97,6 +99,7 @@ class _CPUExperts(torch.autograd.Function):
             _product(active_RF, down_LDF[expert].to(wide).t(), y_ND[rows])
 
         if compiled:
+            token_N, weight_N = (None if of_rows is None else of_rows.contiguous() for of_rows in (token_N, weight_N))
             cpu_bf16.forward(
                 x_TD, token_N, weight_N, gate_up_LID, down_LDF, counts, activation, hidden_NI, y_ND[: len(hidden_NI)]
             )
