@@ -144,8 +144,8 @@ def _run(direction: str, call: _Call, counts: list[int], **tensors: Tensor | Non
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The built kernel. None where the CPU lacks its instructions, or has AMX, with which torch's own products are
-    faster than these; and where it can't be built or loaded, which is told once."""
+    """The built kernel. None where the CPU lacks its instructions, or has AMX, whose larger products torch makes and
+    this does not; and where it can't be built or loaded, which is told once."""
     flags = cpu_flags()
     if not flags.issuperset(INSTRUCTIONS) or "amx_bf16" in flags:
         return None

@@ -355,7 +355,7 @@ def test_the_setting_kernels_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "why"), [({"avx512f"}, "no bf16"), ({*kernel.INSTRUCTIONS, "amx_bf16"}, "AMX is faster by torch")]
+    ("flags", "why"), [({"avx512f"}, "no bf16"), ({*kernel.INSTRUCTIONS, "amx_bf16"}, "AMX is torch's")]
 )
 def test_other_cpus_take_torchs_products(flags: set[str], why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel, "cpu_flags", lambda: frozenset(flags))
