@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_scale.initialization import Init
+from moe_scale.moe.kernels import cpu_bf16
 
 
 class Routing(NamedTuple):
@@ -79,6 +80,8 @@ class _WideLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_OD: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight_OD)
+        if x.device.type == "cpu" and x.dtype == weight_OD.dtype and cpu_bf16.has_kernel(x.dtype, x.shape[-1], 32):
+            return cpu_bf16.scores(x.flatten(0, -2), weight_OD).view(*x.shape[:-1], -1)
         wide = torch.promote_types(x.dtype, torch.float32)
         with _without_tf32():
             return F.linear(x.to(wide), weight_OD.to(wide))

@@ -1,4 +1,5 @@
-// Experts in bf16 on a CPU that multiplies pairs of bf16 (AVX512-BF16). cpu_bf16.py builds and calls this.
+// Experts, and routers' scores, in bf16 on a CPU that multiplies pairs of bf16 (AVX512-BF16). cpu_bf16.py builds and calls
+// this.
 //
 // Shapes: E experts, D model width, F expert hidden width; I = 2F for a gated activation (the first F rows of an expert
 // are the gate), else F; N rows sorted by expert, R of them of one expert, n one of them. D and F are multiples of 32.
@@ -30,6 +31,7 @@ constexpr int64_t LINE = 64;    // bytes that memory is read and written in
 constexpr int64_t PANEL = 32;   // columns of the right side at a time: a line of bf16
 constexpr int64_t ROWS = 12;    // rows of the left side at a time: 24 of the 32 registers are sums
 constexpr int64_t BLOCK = 192;  // rows of an expert at a time, so that they stay in the second cache
+constexpr int64_t SCORED = 128;  // tokens that a router scores at a time: fewer, as threads share them out
 
 enum Activation : int64_t { SWIGLU, GELU, RELU };
 
@@ -477,3 +479,28 @@ extern "C" int64_t moe_experts_scratch(const Call* call, int backward) {
 extern "C" void moe_experts_forward(const Call* call) { run(*call, false); }
 
 extern "C" void moe_experts_backward(const Call* call) { run(*call, true); }
+
+extern "C" int64_t moe_scores_scratch(int64_t d_model, int64_t threads) {
+    return threads * (PANEL * d_model / 2 + SCORED * d_model / 2 + LANES) * static_cast<int64_t>(sizeof(pairs));
+}
+
+// scores[t][o] = sum over d of x[t][d] w[o][d]. `w` has room for whole panels of rows.
+extern "C" void moe_scores(int64_t tokens, int64_t d_model, int64_t outputs, const bf16* x, const bf16* w, float* scores,
+                           int64_t threads, char* scratch) {
+    int64_t left_size = SCORED * d_model / 2 + LANES, panel_size = PANEL * d_model / 2;
+#pragma omp parallel num_threads(static_cast<int>(threads))
+    {
+        pairs* panel = reinterpret_cast<pairs*>(scratch) + omp_get_thread_num() * (panel_size + left_size);
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t start = 0; start < tokens; start += SCORED) {
+            auto token = [&](int64_t m) { return x + (start + m) * d_model; };
+            Left left = pack_left(std::min(SCORED, tokens - start), d_model / 2, token, panel + panel_size);
+            multiply_transposed(left, w, outputs, d_model, panel, [&](int64_t m, int64_t n, __m512 low, __m512 high) {
+                float* to = scores + (start + m) * outputs + n;
+                uint64_t inside = outputs - n < PANEL ? (uint64_t{1} << (outputs - n)) - 1 : ~uint64_t{0};
+                _mm512_mask_storeu_ps(to, static_cast<__mmask16>(inside), low);
+                _mm512_mask_storeu_ps(to + LANES, static_cast<__mmask16>(inside >> LANES), high);
+            });
+        }
+    }
+}

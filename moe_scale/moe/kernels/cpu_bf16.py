@@ -21,6 +21,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moe_scale.parallel.device import cpu_flags
@@ -116,6 +117,22 @@ def backward(
     )  # fmt: skip
 
 
+def scores(x_TD: Tensor, weight_OD: Tensor) -> Tensor:
+    """``x_TD @ weight_OD.T`` of bf16 in fp32, as from copies in fp32: the product of two bf16 numbers is exact there.
+
+    D has to be a multiple of 32, as :func:`has_kernel` says. Returns [T, O].
+    """
+    built = library()
+    assert built is not None, "has_kernel() says whether there is a library"
+    outputs, threads = len(weight_OD), torch.get_num_threads()
+    whole_OD = F.pad(weight_OD, (0, 0, 0, -outputs % 32)).contiguous()
+    scores_TO = torch.empty(len(x_TD), outputs, device="cpu")
+    scratch = torch.empty(built.moe_scores_scratch(x_TD.shape[1], threads), dtype=torch.uint8, device="cpu")
+    held = x_TD.contiguous(), whole_OD, scores_TO
+    built.moe_scores(*x_TD.shape, outputs, *(tensor.data_ptr() for tensor in held), threads, scratch.data_ptr())
+    return scores_TO
+
+
 def _call(
     x_TD: Tensor, token_N: Tensor | None, weight_N: Tensor | None, gate_up_EID: Tensor, down_EDF: Tensor, kind: str
 ) -> _Call:
@@ -162,7 +179,9 @@ def _load(path: Path) -> ctypes.CDLL:
     except OSError:  # a file that was damaged since: once more
         path.unlink()
         built = ctypes.CDLL(str(build(path.parent)))
-    built.moe_experts_scratch.restype = ctypes.c_int64
+    built.moe_experts_scratch.restype = built.moe_scores_scratch.restype = ctypes.c_int64
+    built.moe_scores_scratch.argtypes = (ctypes.c_int64,) * 2
+    built.moe_scores.argtypes = (*(ctypes.c_int64,) * 3, *(ctypes.c_void_p,) * 3, ctypes.c_int64, ctypes.c_void_p)
     return built
 
 

@@ -19,9 +19,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from moe_scale.initialization import Init
 from moe_scale.moe.dispatch import DispatchPlan, plan_dispatch
 from moe_scale.moe.kernels import cpu_bf16 as kernel
 from moe_scale.moe.kernels.cpu_experts import cpu_experts
+from moe_scale.moe.router import Router
 from moe_scale.parallel.device import cpu_flags
 
 FITS = cpu_flags().issuperset(kernel.INSTRUCTIONS) and "amx_bf16" not in cpu_flags()
@@ -261,6 +263,44 @@ def test_memory_that_it_needs_is_the_cpus_whatever_the_default_device() -> None:
     assert torch.equal(y_TD, expected)
 
 
+# --- routers' scores
+
+
+@runs_here
+@pytest.mark.parametrize(
+    ("tokens", "d_model", "outputs"), [(1, 32, 1), (5, 64, 2), (128, 32, 31), (129, 96, 32), (300, 64, 33), (0, 32, 4)]
+)
+def test_scores_are_those_of_copies_in_fp32(tokens: int, d_model: int, outputs: int, threads: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x_TD = torch.randn(d_model, tokens, generator=generator).bfloat16().t()
+    weight_OD = torch.randn(outputs, d_model, generator=generator).bfloat16()
+    found = kernel.scores(x_TD, weight_OD)
+    exact = x_TD.double() @ weight_OD.double().t()
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=2e-5)
+    whole = kernel.scores((8 * x_TD).round(), (8 * weight_OD).round())
+    assert torch.equal(whole.double(), (8 * x_TD).round().double() @ (8 * weight_OD).round().double().t())
+
+
+@runs_here
+def test_a_router_in_bf16_takes_them_and_has_the_gradients_of_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    real = kernel.scores
+    monkeypatch.setattr(kernel, "scores", lambda *arguments: (taken.append(1), real(*arguments))[1])
+    router = Router(64, 5, Init(0)).bfloat16()
+    x_BSD = torch.randn(2, 7, 64, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
+    results = []
+    for has_kernel in (kernel.has_kernel, lambda *_: False):
+        monkeypatch.setattr(kernel, "has_kernel", has_kernel)
+        logits = router(x_BSD)
+        assert logits.dtype == torch.float32
+        assert logits.shape == (2, 7, 5)
+        results.append([logits, *torch.autograd.grad(logits.square().sum(), (x_BSD, router.weight))])
+    assert len(taken) == 1
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5 if ours is results[0][0] else 1e-2, atol=1e-5)
+
+
 # --- where it steps aside
 
 
@@ -341,7 +381,6 @@ def test_an_expert_of_more_than_a_threads_share_is_left_to_all_threads(monkeypat
 @runs_here
 def test_the_setting_kernels_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
     from moe_scale.config import MoEConfig
-    from moe_scale.initialization import Init
     from moe_scale.moe.layer import MoELayer
     from moe_scale.parallel.groups import ParallelGroups
 
