@@ -128,8 +128,10 @@ def scores(x_TD: Tensor, weight_OD: Tensor) -> Tensor:
     whole_OD = F.pad(weight_OD, (0, 0, 0, -outputs % 32)).contiguous()
     scores_TO = torch.empty(len(x_TD), outputs, device="cpu")
     scratch = torch.empty(built.moe_scores_scratch(x_TD.shape[1], threads), dtype=torch.uint8, device="cpu")
-    held = x_TD.contiguous(), whole_OD, scores_TO
-    built.moe_scores(*x_TD.shape, outputs, *(tensor.data_ptr() for tensor in held), threads, scratch.data_ptr())
+    held = x_TD.contiguous(), whole_OD, scores_TO, scratch
+    x, w, to, room = (tensor.data_ptr() for tensor in held)
+    built.moe_scores(*x_TD.shape, outputs, x, w, to, threads, room)
+    del held  # and not before: torch.compile, which cuts this at the call, lets go of what is not named after it
     return scores_TO
 
 
@@ -151,7 +153,7 @@ def _run(direction: str, call: _Call, counts: list[int], **tensors: Tensor | Non
     size = built.moe_experts_scratch(ctypes.byref(call), direction == "backward")
     scratch = torch.empty(size, dtype=torch.uint8, device="cpu")
     call.point(scratch=scratch)
-    # What only addresses name has to outlive the call, also where torch.compile cuts this function into pieces.
+    # What only addresses name has to outlive the call, also where torch.compile cuts this function at it.
     call.held = kept, scratch
     getattr(built, f"moe_experts_{direction}")(ctypes.byref(call))
 

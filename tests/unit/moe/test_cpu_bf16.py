@@ -301,6 +301,19 @@ def test_a_router_in_bf16_takes_them_and_has_the_gradients_of_fp32(monkeypatch: 
         torch.testing.assert_close(ours, theirs, rtol=1e-5 if ours is results[0][0] else 1e-2, atol=1e-5)
 
 
+@runs_here
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of torch's compiler, about whatever it imports
+def test_a_compiled_router_computes_the_same() -> None:
+    """As the experts above; here what is padded and the scratch have no other owner."""
+    x_TD = torch.randn(700, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
+    weight_OD = torch.randn(37, 256, generator=torch.Generator().manual_seed(1)).bfloat16()
+    expected = kernel.scores(x_TD, weight_OD)
+    compiled = torch.compile(kernel.scores, backend="eager")
+    for _ in range(20):
+        assert torch.equal(compiled(x_TD, weight_OD), expected)
+
+
 # --- where it steps aside
 
 
