@@ -80,7 +80,7 @@ class _WideLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_OD: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight_OD)
-        if x.device.type == "cpu" and x.dtype == weight_OD.dtype and cpu_bf16.has_kernel(x.dtype, x.shape[-1], 32):
+        if x.device.type == "cpu" and x.dtype == weight_OD.dtype and cpu_bf16.has_kernel(x.dtype, x.shape[-1]):
             return cpu_bf16.scores(x.flatten(0, -2), weight_OD).view(*x.shape[:-1], -1)
         wide = torch.promote_types(x.dtype, torch.float32)
         with _without_tf32():

@@ -73,9 +73,9 @@ class _Call(ctypes.Structure):
             setattr(self, name, tensor.data_ptr())
 
 
-def has_kernel(dtype: torch.dtype, d_model: int, hidden_size: int) -> bool:
-    """Whether this machine has a kernel for experts of these widths and type. Builds it when first asked."""
-    return dtype == torch.bfloat16 and d_model % 32 == 0 and hidden_size % 32 == 0 and library() is not None
+def has_kernel(dtype: torch.dtype, *widths: int) -> bool:
+    """Whether this machine has a kernel for matrices of these widths and type. Builds it when first asked."""
+    return dtype == torch.bfloat16 and not any(width % 32 for width in widths) and library() is not None
 
 
 def takes(x_TD: Tensor, weight_N: Tensor | None, gate_up_EID: Tensor, down_EDF: Tensor) -> bool:
@@ -171,7 +171,9 @@ def library() -> ctypes.CDLL | None:
     try:
         return _load(build(_cache()))
     except (OSError, AttributeError, subprocess.SubprocessError) as error:
-        log.warning("the experts take torch's products, which are slower: there is no kernel for them (%s)", error)
+        log.warning(
+            "experts and routers take torch's products, which are slower: there is no kernel for them (%s)", error
+        )
         return None
 
 

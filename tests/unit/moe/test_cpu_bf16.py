@@ -11,7 +11,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,17 +36,9 @@ def _compiles() -> bool:
     return subprocess.run(command, capture_output=True, timeout=60).returncode == 0
 
 
-needs_compiler = pytest.mark.skipif(not _compiles(), reason="needs a g++ for AVX512-BF16")
-runs_here = pytest.mark.skipif(not FITS or not _compiles(), reason="needs AVX512-BF16 without AMX, and its g++")
+COMPILES = _compiles()
+runs_here = pytest.mark.skipif(not FITS or not COMPILES, reason="needs AVX512-BF16 without AMX, and its g++")
 ACTIVATIONS = ["swiglu", "gelu", "relu"]
-
-
-@pytest.fixture(params=[1, 2])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 class Case(NamedTuple):
@@ -508,9 +499,9 @@ def test_the_name_says_what_it_was_made_of_and_is_taken_at_the_end(
 
 @runs_here
 def test_a_damaged_file_is_built_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     intact = kernel.library()
     assert intact is not None
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     path = tmp_path / "moe_scale" / Path(intact._name).name
     path.parent.mkdir()
     path.write_bytes(b"")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -18,14 +17,6 @@ from moe_scale.moe.low_rank import LowRank
 from moe_scale.parallel.groups import ParallelGroups
 
 D_MODEL, NUM_EXPERTS = 16, 6
-
-
-@pytest.fixture(params=[1, 3])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 def make_experts(dtype: torch.dtype, **settings: object) -> Experts:
